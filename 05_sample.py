@@ -1,0 +1,77 @@
+"""05: a checkpoint + embeddings -> k variations of each conditioning image, and a contact sheet a person looks at.
+
+Reads   the checkpoint of 03 or 04, and a folder of 01 (--data): cls.npy, tokens.npy, images.npy (only for the sheet)
+Writes  into --out:  samples.npy [n, k, S, S, 3] uint8   conditions.npy [n] int64   samples.json (how they were made)   sheet.png
+
+The conditions are the first held-out image of each page; all images of a folder that holds none out (your own photo).
+DDPM ancestral sampling under classifier-free guidance, (1 + w) cond - w uncond (common.ddpm_sample, common.guide). Image (i, j)
+depends on (seed, i, j) alone, not on the batch size or the number of processes.
+
+    python 05_sample.py --checkpoint runs/digits16/pairs.pt --guidance 1
+    torchrun --nproc-per-node=8 05_sample.py --checkpoint runs/emoji64/pairs.pt --batch-images 256
+"""
+import json
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+import common
+
+
+def main():
+    p = common.parser(__doc__)
+    p.add_argument("--checkpoint", type=Path, help="what 03 or 04 wrote (default DATA/pairs.pt)")
+    p.add_argument("--out", type=Path, help="folder to write (default DATA/samples/CHECKPOINT_wGUIDANCE)")
+    p.add_argument("--guidance", type=float, default=1.0, help="w; 0 is plain conditional sampling")
+    p.add_argument("--samples", type=int, help="k, variations of each condition")
+    p.add_argument("--sample-steps", type=int, help="steps of the sampler")
+    p.add_argument("--batch-images", type=int, default=100, help="images a forward pass")
+    p.add_argument("--beside", type=Path, help="an earlier --out: show its samples on the sheet too, left of these")
+    p.add_argument("--amp", choices=["none", "bf16"], help="bf16: autocast")
+    args = common.parse(p)
+    args.checkpoint = args.checkpoint or args.data / "pairs.pt"
+    args.out = args.out or args.data / "samples" / f"{args.checkpoint.stem}_w{args.guidance:g}"
+    device, rank, world = common.start(args.device)
+
+    checkpoint, data = common.read_checkpoint(args.checkpoint), common.Data(args.data)
+    config = checkpoint["config"]
+    if config["encoder"] != data.meta["encoder"]:
+        common.die(f"{args.checkpoint} was trained with the encoder {config['encoder']}, but {args.data} was embedded with "
+                   f"{data.meta['encoder']}; run 01_embed.py --preset {config['preset']}")
+    model = common.UViT(**config["network"]).to(device).eval()
+    model.load_state_dict(checkpoint["ema"])
+
+    conditions, k, size = data.conditions(), args.samples, config["network"]["size"]
+    jobs = np.stack(np.divmod(np.arange(len(conditions) * k), k), axis=1)               # [n k, 2]: condition i, variation j
+    batches = range(0, len(jobs), args.batch_images)
+    with common.writing_array(args.out / "samples.npy", (len(conditions), k, size, size, 3), np.uint8, rank) as samples:
+        for first in common.progress(batches[rank::world], rank, unit="batch"):         # each rank takes whole batches
+            batch = jobs[first:first + args.batch_images]
+            condition = data.embeddings(conditions[batch[:, 0]], model.cond, device)
+            streams = [common.generator(device, args.seed, i, j) for i, j in batch.tolist()]
+            noise = partial(common.randn, streams, (3, size, size))
+            with common.autocast(device, args.amp):
+                x = common.ddpm_sample(common.guide(model, args.guidance, **condition), noise(), noise, args.sample_steps,
+                                       lambda t: common.logsnr_schedule(t, size, config["noise_size"]))
+            samples[batch[:, 0], batch[:, 1]] = common.to_uint8(x)
+    if rank > 0:
+        return
+    with common.writing(args.out / "conditions.npy") as f:
+        np.save(f, conditions)
+    about = dict(model=args.checkpoint.stem, checkpoint=str(args.checkpoint), step=checkpoint["step"], guidance=args.guidance,
+                 sample_steps=args.sample_steps, seed=args.seed)
+    with common.writing(args.out / "samples.json") as f:
+        f.write(json.dumps(about, indent=1).encode())
+
+    sets = [samples]
+    if args.beside:
+        sets.insert(0, common.read_array(args.beside / "samples.npy", np.uint8, 5, len(conditions), "05_sample.py"))
+    rows = [[data.images[c]] + [image for s in sets for image in (None, *s[i, :8])] for i, c in enumerate(conditions[:16])]
+    common.contact_sheet(args.out / "sheet.png", rows)
+    print(f"wrote {args.out}/samples.npy and sheet.png; next: python 01_embed.py --preset {config['preset']} "
+          f"--images {args.out}/samples.npy --out {args.out} --cls-only")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,631 @@
+"""common.py: what two or more of the numbered scripts need, and nothing else.
+
+In reading order: presets, noise schedule, loss, sampler, U-ViT, files, training loop.
+
+The papers, as cited in the comments:
+  [S]   Semantica: Conditional Diffusion on Web-Scale Image Pairs leads to Diverse Image Variations, arXiv 2405.14857
+  [SD]  simple diffusion: End-to-end diffusion for high resolution images, arXiv 2301.11093
+  [PD]  Progressive Distillation for Fast Sampling (v-prediction), arXiv 2202.00512
+  [VDM] Variational Diffusion Models (log-SNR as time), arXiv 2107.00630
+  [CFG] Classifier-Free Diffusion Guidance, arXiv 2207.12598
+
+    python common.py        # the table of presets: parameters and GFLOPs an image (meta device, no memory)
+"""
+import argparse
+import contextlib
+import copy
+import json
+import math
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Presets: everything that differs between a laptop and a cluster is data in this table; flags override single values.
+# channels and blocks have one entry a stage, each stage at half the resolution of the one before; the last is the transformer.
+
+SMALL = dict(patch=1, loss="v", warmup=100, decay="cosine", ema=0.998, cond_drop=0.1, amp="none", sample_steps=40)
+PAPER = dict(loss="eps", noise_size=32, warmup=10_000, decay="constant", ema=0.9999, cond_drop=0.1, amp="bf16", source=None,
+             encoder_px=224, batch=2048, steps=300_000, lr=1e-4, sample_steps=128, samples=10)
+PRESETS = {
+    "digits16": dict(SMALL, source="digits", size=16, encoder_px=128, channels=(32, 64, 192), blocks=(1, 1, 4), noise_size=16,
+                     batch=32, steps=1600, lr=2e-3, samples=60),
+    "emoji16": dict(SMALL, source="openmoji", size=16, encoder_px=224, channels=(32, 64, 192), blocks=(1, 1, 4), noise_size=16,
+                    batch=32, steps=4000, lr=2e-3, samples=10),
+    "emoji64": dict(SMALL, source="openmoji", size=64, encoder_px=224, channels=(64, 128, 256, 512), blocks=(2, 2, 2, 8),
+                    noise_size=32, batch=256, steps=20_000, lr=5e-4, amp="bf16", sample_steps=64, samples=10),
+    "semantica64": dict(PAPER, size=64, patch=1, channels=(128, 128, 256, 512, 1024), blocks=(3, 3, 3, 3, 12)),
+    "semantica256": dict(PAPER, size=256, patch=2, channels=(128, 256, 1024, 2048, 4096), blocks=(2, 3, 3, 3, 12)),
+}
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Diffusion. Variance preserving: z = alpha x + sigma eps, with lambda = logsnr = log(alpha^2 / sigma^2).
+
+
+def logsnr_schedule(t, size, noise_size):
+    """Shifted cosine log-SNR at time t in [0, 1], shape of t ([SD] eq. 4 and section 3.1; ends from [VDM]).
+
+    logsnr(t) = -2 log tan(a + t (b - a)) + 2 log(noise_size / size), a and b such that the unshifted ends are +-15.
+    """
+    a, b = math.atan(math.exp(-7.5)), math.atan(math.exp(7.5))
+    return -2 * torch.log(torch.tan(a + t * (b - a))) + 2 * math.log(noise_size / size)
+
+
+def alpha_sigma(logsnr):
+    """alpha = sqrt(sigmoid(logsnr)), sigma = sqrt(sigmoid(-logsnr)), as [B, 1, 1, 1] to scale images ([VDM] section 3)."""
+    logsnr = logsnr[:, None, None, None]
+    return torch.sigmoid(logsnr).sqrt(), torch.sigmoid(-logsnr).sqrt()
+
+
+def diffusion_loss(v_pred, x, eps, logsnr, kind):
+    """Mean squared error of each image, [B], of v ([PD] appendix D) or of eps (what [S] trains).
+
+    v = alpha eps - sigma x and eps_hat = sigma z + alpha v_pred, so eps_hat - eps = alpha (v_pred - v):
+    the eps loss is alpha^2 times the v loss.
+    """
+    alpha, sigma = alpha_sigma(logsnr)
+    if kind == "v":
+        error = v_pred - (alpha * eps - sigma * x)
+    else:
+        z = alpha * x + sigma * eps
+        error = (sigma * z + alpha * v_pred) - eps
+    return error.square().mean(dim=(1, 2, 3))
+
+
+def guide(model, guidance, **condition):
+    """A denoiser (z, logsnr) -> v under classifier-free guidance: (1 + w) v(cond) - w v(null) ([CFG] eq. 6, w as in [S]).
+
+    w = 0 is the plain conditional model and w = -1 the unconditional one. Both branches run as one batch of 2B.
+    v is linear in x_hat and in eps_hat at a given z, so guiding any of the three is the same.
+    """
+    def denoise(z, logsnr):
+        if guidance == 0:
+            return model(z, logsnr, **condition)
+        twice = {k: torch.cat([c, c]) for k, c in condition.items() if c is not None}
+        drop = torch.arange(2 * len(z), device=z.device) >= len(z)
+        v_cond, v_null = model(torch.cat([z, z]), torch.cat([logsnr, logsnr]), drop=drop, **twice).chunk(2)
+        return (1 + guidance) * v_cond - guidance * v_null
+    return denoise
+
+
+@torch.no_grad()
+def ddpm_sample(denoise, z, noise, steps, logsnr_of_t, interpolation=0.2, clip=True):
+    """DDPM ancestral sampling from z at t = 1 to x_hat at t = 0 ([VDM] appendix A.4, variance as in [SD] section 3.5).
+
+    denoise(z [B, C, H, W], logsnr [B]) -> v; noise() -> fresh unit noise like z; interpolation: weight of the larger
+    posterior variance in log space (0: sigma_s^2 (1-r), 1: sigma_t^2 (1-r)). Returns x_hat of the last step, in [-1, 1].
+    """
+    logsnrs = logsnr_of_t(torch.linspace(1, 0, steps + 1, device=z.device))
+    for i in range(steps):
+        logsnr_t, logsnr_s = logsnrs[i].expand(len(z)), logsnrs[i + 1].expand(len(z))  # from t down to s < t
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = alpha_sigma(logsnr_t), alpha_sigma(logsnr_s)
+        x_hat = alpha_t * z - sigma_t * denoise(z, logsnr_t)
+        if clip:
+            x_hat = x_hat.clamp(-1, 1)
+        if i == steps - 1:
+            return x_hat
+        r = torch.exp(logsnrs[i] - logsnrs[i + 1])                    # SNR(t) / SNR(s)
+        one_minus_r = -torch.expm1(logsnrs[i] - logsnrs[i + 1])       # exact when the two are close
+        mean = r * (alpha_s / alpha_t) * z + one_minus_r * alpha_s * x_hat
+        std = one_minus_r.sqrt() * sigma_t ** interpolation * sigma_s ** (1 - interpolation)
+        z = mean + std * noise()
+
+
+def generator(device, *key):
+    """An independent random stream for a key such as (seed, step, image): the only source of noise in this project."""
+    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+    return torch.Generator(device).manual_seed(seed)
+
+
+def randn(generators, shape):
+    """[len(generators), *shape] of unit noise, row i from generators[i]: image i is the same in whatever batch it is drawn."""
+    return torch.stack([torch.randn(shape, generator=g, device=g.device) for g in generators])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# U-ViT of [SD] section 3.3 (not the flat U-ViT of Bao et al., nor diffusers' UVit2DModel): convolutional stages with skips,
+# a plain transformer at the lowest resolution.
+
+
+def zero(layer):
+    """Zero a layer's weights: a residual branch that starts as the identity."""
+    for p in layer.parameters():
+        nn.init.zeros_(p)
+    return layer
+
+
+class Standardise(nn.Module):
+    """(x - mean) / std of each feature over the training set: set once by train(), kept in the checkpoint."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("std", torch.ones(dim))
+
+    def fit(self, x):
+        """x [..., dim]: a sample of the training set."""
+        x = torch.from_numpy(np.asarray(x, np.float32)).flatten(0, -2)
+        self.mean.copy_(x.mean(0))
+        self.std.copy_(x.std(0) + 1e-3)
+
+    def forward(self, x):
+        return (x.float() - self.mean) / self.std
+
+
+def group_norm(dim):
+    """GroupNorm with 16 channels a group. One channel a group would erase each channel's mean, and with it the picture's tint."""
+    return nn.GroupNorm(max(1, dim // 16), dim)
+
+
+class ResBlock(nn.Module):
+    """Two 3x3 convolutions with FiLM by the embedding in between. [B, C, H, W] -> same."""
+
+    def __init__(self, dim, emb_dim):
+        super().__init__()
+        self.norm1, self.conv1 = group_norm(dim), nn.Conv2d(dim, dim, 3, padding=1)
+        self.norm2, self.conv2 = group_norm(dim), zero(nn.Conv2d(dim, dim, 3, padding=1))
+        self.film = nn.Linear(emb_dim, 2 * dim)
+
+    def forward(self, x, emb):
+        h = self.conv1(F.silu(self.norm1(x)))                         # [B, C, H, W]
+        scale, shift = self.film(emb)[:, :, None, None].chunk(2, 1)   # [B, C, 1, 1] each
+        h = self.norm2(h) * (1 + scale) + shift
+        return x + self.conv2(F.silu(h))
+
+
+class Attention(nn.Module):
+    """Multi-head attention of x [B, N, D] over context [B, T, K] (x itself for self-attention)."""
+
+    def __init__(self, dim, context_dim, head_dim=64):
+        super().__init__()
+        self.heads = max(1, dim // head_dim)
+        self.q, self.kv = nn.Linear(dim, dim), nn.Linear(context_dim, 2 * dim)
+        self.out = nn.Linear(dim, dim)
+
+    def forward(self, x, context):
+        k, v = self.kv(context).chunk(2, -1)                          # [B, T, D] each
+        q, k, v = (a.unflatten(-1, (self.heads, -1)).transpose(1, 2) for a in (self.q(x), k, v))  # [B, heads, N|T, D/heads]
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))      # [B, N, D]
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention to the condition's tokens ([S] section 3: "after every self-attention"), MLP."""
+
+    def __init__(self, dim, emb_dim, context_dim):
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(3))
+        self.attention = Attention(dim, dim)
+        self.cross = Attention(dim, context_dim) if context_dim else None
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+        self.film = nn.Linear(emb_dim, 4 * dim)
+
+    def forward(self, x, emb, context):
+        scale1, shift1, scale2, shift2 = self.film(emb)[:, None].chunk(4, -1)   # [B, 1, D] each
+        h = self.norms[0](x) * (1 + scale1) + shift1
+        x = x + self.attention(h, h)
+        if self.cross is not None:
+            x = x + self.cross(self.norms[1](x), context)
+        return x + self.mlp(self.norms[2](x) * (1 + scale2) + shift2)  # [B, N, D]
+
+
+class UViT(nn.Module):
+    """v-prediction network: noisy z [B, 3, size, size], logsnr [B], condition -> v_pred [B, 3, size, size].
+
+    cond: "tokens" cross-attends to the encoder's local tokens [B, T, C]; "film" adds the normalised global embedding
+    [B, D], through a dense layer, to the noise-level embedding; "both"; "none". drop [B] bool: rows that get the null condition.
+    """
+
+    def __init__(self, size, patch, channels, blocks, cond, cls_dim=0, token_shape=(0, 0)):
+        super().__init__()
+        *conv_dims, dim = channels
+        self.patch, self.cond = patch, cond
+        emb_dim = min(dim, 1024)
+        self.noise_mlp = nn.Sequential(nn.Linear(256, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
+        if cond in ("film", "both"):
+            self.cls_norm, self.cls_in = Standardise(cls_dim), nn.Linear(cls_dim, emb_dim)
+            self.cls_null = nn.Parameter(torch.zeros(emb_dim))
+        context_dim = 0
+        if cond in ("tokens", "both"):
+            count, token_dim = token_shape
+            context_dim = dim
+            self.token_norm, self.token_in = Standardise(token_dim), nn.Linear(token_dim, dim)
+            self.token_pos = nn.Parameter(torch.randn(count, dim) * 0.02)
+            self.token_null = nn.Parameter(torch.randn(dim) * 0.02)
+        self.conv_in = nn.Conv2d(3, channels[0], patch, patch) if patch > 1 else nn.Conv2d(3, channels[0], 3, padding=1)
+        self.down, self.shrink, self.grow, self.up = (nn.ModuleList() for _ in range(4))
+        for c, c_next, n in zip(channels, channels[1:], blocks):
+            self.down.append(nn.ModuleList(ResBlock(c, emb_dim) for _ in range(n)))
+            self.shrink.append(nn.Conv2d(c, c_next, 1))               # after average pooling
+            self.grow.append(nn.Conv2d(c_next, c, 1))                 # before nearest-neighbour upsampling
+            self.up.append(nn.ModuleList(ResBlock(c, emb_dim) for _ in range(n)))
+        grid = size // patch // 2 ** len(conv_dims)
+        self.pos = nn.Parameter(torch.randn(grid * grid, dim) * 0.02)
+        self.trunk = nn.ModuleList(TransformerBlock(dim, emb_dim, context_dim) for _ in range(blocks[-1]))
+        self.norm_out = group_norm(channels[0])
+        self.conv_out = zero(nn.Conv2d(channels[0], 3 * patch * patch, 3, padding=1))
+
+    def forward(self, z, logsnr, cls=None, tokens=None, drop=None):
+        freqs = torch.exp(torch.linspace(0, math.log(1000), 128, device=z.device))
+        angles = (logsnr / 30)[:, None] * freqs                        # [B, 128]; logsnr in about +-15
+        emb = self.noise_mlp(torch.cat([angles.sin(), angles.cos()], -1))  # [B, E]
+        keep = None if drop is None else ~drop[:, None]                # [B, 1]
+        if self.cond in ("film", "both"):
+            h = self.cls_in(self.cls_norm(cls))
+            emb = emb + (h if keep is None else torch.where(keep, h, self.cls_null))
+        emb, context = F.silu(emb), None
+        if self.cond in ("tokens", "both"):
+            context = self.token_in(self.token_norm(tokens)) + self.token_pos  # [B, T, dim]
+            if keep is not None:
+                context = torch.where(keep[..., None], context, self.token_null)
+        h, skips = self.conv_in(z), []                                 # [B, c0, S, S], S = size / patch
+        for blocks, shrink in zip(self.down, self.shrink):
+            for block in blocks:
+                h = block(h, emb)
+            skips.append(h)
+            h = shrink(F.avg_pool2d(h, 2))
+        B, C, H, W = h.shape
+        h = h.flatten(2).transpose(1, 2) + self.pos                    # [B, H W, dim]
+        for block in self.trunk:
+            h = block(h, emb, context)
+        h = h.transpose(1, 2).reshape(B, C, H, W)
+        for blocks, grow in zip(reversed(self.up), reversed(self.grow)):
+            h = (F.interpolate(grow(h), scale_factor=2) + skips.pop()) / math.sqrt(2)
+            for block in blocks:
+                h = block(h, emb)
+        return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(h))), self.patch).float()  # [B, 3, size, size]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files. Every finished file appears by a rename, so whatever has its final name is whole.
+
+
+def die(message):
+    """One line on standard error and exit code 2: bad arguments or bad input."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+@contextlib.contextmanager
+def writing(path):
+    """`with writing(path) as f`: f is PATH.tmp, opened for bytes; it becomes PATH at the end, or nothing does."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as f:
+            yield f
+        os.replace(temporary, path)
+    except OSError as e:
+        temporary.unlink(missing_ok=True)
+        die(f"cannot write {path}: {e.strerror or e}; free some space or choose another folder")
+
+
+def read_array(path, dtype=None, ndim=None, rows=None, made_by="01_embed.py"):
+    """Memory-map an .npy file, checked against the given dtype, number of axes and rows; exits with one line if it differs."""
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        die(f"{path} is missing; {made_by} writes it")
+    except (ValueError, OSError, EOFError, SyntaxError) as e:
+        die(f"{path} is not a readable .npy array ({str(e).splitlines()[0]}); write it again with {made_by}")
+    found, wanted = (array.dtype, array.ndim, len(array)), (dtype, ndim, rows)
+    if any(w is not None and f != w for f, w in zip(found, wanted)):
+        die(f"{path} holds (dtype, axes, rows) {found}, expected {wanted}; write it again with {made_by}")
+    return array
+
+
+def read_json(path, made_by="01_embed.py"):
+    """The value in a .json file; exits with one line if there is none."""
+    try:
+        return json.loads(Path(path).read_text())
+    except (ValueError, OSError) as e:
+        die(f"cannot read {path} ({e}); {made_by} writes it")
+
+
+def read_checkpoint(path):
+    """{model, ema, optimizer, step, config} of a .pt file that train() wrote: tensors and plain values, no pickled objects."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        assert {"model", "ema", "step", "config"} <= checkpoint.keys()
+    except FileNotFoundError:
+        die(f"{path} is missing; 03_train_recon.py and 04_train_pairs.py write checkpoints")
+    except Exception as e:  # torch.load raises many types for a file that is something else
+        die(f"{path} is not a checkpoint of this project ({type(e).__name__}); give one that 03, 04 or 07 wrote")
+    return checkpoint
+
+
+class Data:
+    """A folder that 01_embed.py wrote, memory-mapped: images, pages, split, names, cls, tokens and the settings `meta`."""
+
+    def __init__(self, folder):
+        self.folder, self.meta = Path(folder), read_json(Path(folder) / "data.json")
+        self.images = read_array(self.folder / "images.npy", np.uint8, 4)                       # [N, S, S, 3]
+        for name, dtype, ndim in (("pages", np.int32, 1), ("split", np.uint8, 1), ("names", None, 1),
+                                  ("cls", np.float32, 2), ("tokens", np.float16, 3)):
+            setattr(self, name, read_array(self.folder / f"{name}.npy", dtype, ndim, len(self.images)))
+
+    def conditions(self):
+        """Indices of the conditioning images (few-shot protocol): the first held-out image of each page, or all if none is held out."""
+        held_out = np.flatnonzero(self.split == 1)
+        first = np.unique(self.pages[held_out], return_index=True)[1]
+        return held_out[first] if len(held_out) else np.arange(len(self.split))
+
+    def embeddings(self, indices, cond, device):
+        """What a network of this `cond` reads of the images `indices`: cls [B, D] and / or tokens [B, T, C]."""
+        wanted = {"tokens": ["tokens"], "film": ["cls"], "both": ["cls", "tokens"], "none": []}[cond]
+        return {name: torch.from_numpy(np.asarray(getattr(self, name)[indices])).to(device) for name in wanted}
+
+
+def to_uint8(x):
+    """[B, 3, H, W] float in [-1, 1] -> [B, H, W, 3] uint8, numpy."""
+    return ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def contact_sheet(path, rows):
+    """Save rows of uint8 [S, S, 3] images as one PNG, magnified to about 48 pixels an image; None leaves a gap."""
+    size = rows[0][0].shape[0]
+    gap = np.full((size + 2, 4, 3), 255, np.uint8)
+    frame = ((1, 1), (1, 1), (0, 0))
+    lines = [np.concatenate([gap if i is None else np.pad(i, frame, constant_values=255) for i in row], 1) for row in rows]
+    sheet = Image.fromarray(np.concatenate(lines))
+    zoom = max(1, round(48 / size))
+    with writing(path) as f:
+        sheet.resize((sheet.width * zoom, sheet.height * zoom), Image.NEAREST).save(f, format="PNG")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Command line, devices, processes. `torchrun --nproc-per-node=N script.py ...` and `python script.py ...` do the same.
+
+
+def parser(doc):
+    """An ArgumentParser with the flags that every script shares; finish with parse()."""
+    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--preset", choices=PRESETS, help="size, network and recipe (default: what DATA was made with, else digits16)")
+    p.add_argument("--data", type=Path, help="folder that 01_embed.py wrote (default runs/PRESET)")
+    p.add_argument("--device", help="cpu, cuda or mps (default: the best there is)")
+    p.add_argument("--seed", type=int, default=0)
+    return p
+
+
+def parse(p, argv=None):
+    """Parse, then fill what the command line left open: preset from the data, data from the preset, the rest from the preset."""
+    args = p.parse_args(argv)
+    args.data = args.data or Path("runs") / (args.preset or "digits16")
+    if args.preset is None and (args.data / "data.json").exists():
+        args.preset = read_json(args.data / "data.json")["preset"]
+    for key, value in PRESETS[args.preset or "digits16"].items():
+        if getattr(args, key, None) is None:
+            setattr(args, key, value)
+    return args
+
+
+def start(device):
+    """Pick the device and join torchrun's process group if there is one. Returns (device, rank, world)."""
+    rank, world, local = (int(os.environ.get(k, v)) for k, v in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    device = device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    if device == "cuda":
+        device = f"cuda:{local}"
+        torch.cuda.set_device(local)
+        torch.set_float32_matmul_precision("high")                     # TF32 for what stays in float32
+    if world > 1:
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    return torch.device(device), rank, world
+
+
+def autocast(device, amp):
+    """bfloat16 for matrix products and convolutions; torch keeps norms and softmax in float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=amp == "bf16")
+
+
+def barrier():
+    """Wait until all processes are here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+@contextlib.contextmanager
+def writing_array(path, shape, dtype, rank):
+    """`with writing_array(...) as a`: one .npy that all ranks fill, each its own rows; named PATH when all are done."""
+    if rank == 0:
+        with writing(f"{path}.tmp"):
+            pass
+        np.lib.format.open_memmap(f"{path}.tmp", "w+", dtype, shape)
+    barrier()
+    array = np.lib.format.open_memmap(f"{path}.tmp", "r+")
+    yield array
+    array.flush()
+    barrier()
+    if rank == 0:
+        os.replace(f"{path}.tmp", path)
+
+
+def progress(iterable, rank=0, **options):
+    """tqdm on the first rank: every second on a terminal, every half minute in a log file."""
+    return tqdm(iterable, disable=rank > 0, mininterval=1 if sys.stderr.isatty() else 30, **options)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The one training loop.
+
+
+def training_parser(doc):
+    """parser() with the flags of the training scripts; unset ones take the preset's value."""
+    p = parser(doc)
+    p.add_argument("--out", type=Path, help="checkpoint to write (default beside DATA); repeat the command to resume")
+    p.add_argument("--cond", default="both", choices=["tokens", "film", "both", "none"], help="how the condition enters")
+    p.add_argument("--loss", choices=["v", "eps"], help="what the squared error is of")
+    p.add_argument("--steps", type=int, help="optimiser steps in all")
+    p.add_argument("--batch", type=int, help="images a step, over all processes")
+    p.add_argument("--accumulate", type=int, default=1, help="backward passes a step")
+    p.add_argument("--lr", type=float, help="peak learning rate")
+    p.add_argument("--ema", type=float, help="decay of the averaged weights (warmed up)")
+    p.add_argument("--amp", choices=["none", "bf16"], help="bf16: autocast; norms and loss stay in float32")
+    p.add_argument("--compile", action="store_true", help="torch.compile the network")
+    p.add_argument("--workers", type=int, default=0, help="processes that load batches ahead")
+    p.add_argument("--log-every", type=int, default=50, help="steps")
+    p.add_argument("--save-every", type=int, default=500, help="steps; checkpoint and preview sheet")
+    p.add_argument("--sample-steps", type=int, help="steps of the sampler, for the preview")
+    return p
+
+
+class Batches(torch.utils.data.Dataset):
+    """Item `step` is this rank's share of batch `step`, a function of (seed, step) alone: resuming needs no generator state."""
+
+    def __init__(self, args, data, pairs, rank, world):
+        self.args, self.data, self.pairs, self.mine = args, data, pairs, slice(rank, None, world)
+
+    def __getitem__(self, step):
+        rng, n = np.random.default_rng([self.args.seed, step]), self.args.batch
+        pairs = self.pairs[rng.integers(len(self.pairs), size=n)]
+        t = (rng.random() + np.arange(n)) / n                          # stratified over the whole batch ([VDM] appendix I)
+        drop = rng.random(n) < self.args.cond_drop                     # these rows train the null condition ([CFG])
+        condition, target = pairs[self.mine].T
+        return dict(x=torch.from_numpy(np.asarray(self.data.images[target])), t=torch.from_numpy(t[self.mine]).float(),
+                    drop=torch.from_numpy(drop[self.mine]), index=torch.arange(n)[self.mine],
+                    **self.data.embeddings(condition, self.args.cond, "cpu"))
+
+
+def learning_rate(step, args):
+    """Linear warm-up, then constant (the papers) or a cosine to zero (the small presets: sharper in few steps)."""
+    decay = 0.5 + 0.5 * math.cos(math.pi * step / args.steps) if args.decay == "cosine" else 1
+    return args.lr * min(1, (step + 1) / args.warmup) * decay
+
+
+def train(args, data, pairs):
+    """Train a U-ViT on pairs [P, 2] of (condition, target) indices; writes args.out, a .jsonl log and a preview sheet beside it.
+
+    Adam with betas (0.9, 0.99) and eps 1e-12, and an average of the weights ([SD] appendix A). Until it is done the state lies
+    in OUT.partial, and the same command resumes from it, bit for bit. SIGTERM saves and exits with code 143.
+    """
+    device, rank, world = start(args.device)
+    if args.batch % (world * args.accumulate):
+        die(f"--batch {args.batch} does not divide into {world} processes x {args.accumulate} backward passes")
+    if data.images.shape[1] != args.size:
+        die(f"{data.folder} holds {data.images.shape[1]} px images, preset {args.preset} wants {args.size}; choose another --preset")
+    if len(pairs) == 0:
+        die(f"{data.folder} has no pairs to train on; loosen the thresholds of 02_filter_pairs.py")
+    network = dict(size=args.size, patch=args.patch, channels=list(args.channels), blocks=list(args.blocks), cond=args.cond,
+                   cls_dim=data.cls.shape[1], token_shape=list(data.tokens.shape[1:]))
+    recipe = ("preset", "loss", "noise_size", "cond_drop", "batch", "steps", "lr", "warmup", "decay", "ema", "seed")
+    config = dict(network=network, encoder=data.meta["encoder"], pairs=len(pairs), **{key: getattr(args, key) for key in recipe})
+
+    torch.manual_seed(args.seed)
+    model = UViT(**network)
+    rows = np.flatnonzero(data.split == 0)[::max(1, len(data.split) // 5000)]       # about 5,000 images tell mean and std
+    if args.cond in ("film", "both"):
+        model.cls_norm.fit(data.cls[rows])
+    if args.cond in ("tokens", "both"):
+        model.token_norm.fit(data.tokens[rows])
+    model.to(device)
+    ema = copy.deepcopy(model).requires_grad_(False)
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, betas=(0.9, 0.99), eps=1e-12, fused=device.type != "mps")
+    partial, log, first = Path(f"{args.out}.partial"), args.out.with_suffix(".jsonl"), 0
+    for found in filter(Path.exists, (args.out, partial)):
+        state = read_checkpoint(found)
+        other = [key for key in config if config[key] != state["config"].get(key)]
+        if other:
+            die(f"{found} was trained with another {', '.join(other)}; give another --out or delete it")
+        if found == args.out:
+            print(f"{args.out} is there already, {state['step']} steps")
+            return
+        model.load_state_dict(state["model"])
+        ema.load_state_dict(state["ema"])
+        optimizer.load_state_dict(state["optimizer"])
+        first = state["step"]
+    if rank == 0:
+        with writing(log) as f:                                        # keep the lines up to the step we resume from
+            lines = log.read_text().splitlines(keepends=True) if first and log.exists() else []
+            f.write("".join(line for line in lines if json.loads(line)["step"] <= first).encode())
+
+    net = torch.compile(model) if args.compile else model
+    if world > 1:
+        net = DistributedDataParallel(net)
+    loader = torch.utils.data.DataLoader(Batches(args, data, pairs, rank, world), batch_size=None, sampler=range(first, args.steps),
+                                         num_workers=args.workers, pin_memory=device.type == "cuda")
+    stop, losses, bins, clock = [], [], torch.zeros(2, 5, device=device), time.perf_counter()
+    signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
+    bar = progress(loader, rank, initial=first, total=args.steps, unit="step")
+    for step, batch in enumerate(bar, first):
+        batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+        for part in range(args.accumulate):
+            b = {key: value[part::args.accumulate] for key, value in batch.items()}
+            x, t = b.pop("x").permute(0, 3, 1, 2) / 127.5 - 1, b.pop("t")                # [b, 3, S, S] in [-1, 1]
+            eps = randn([generator(device, args.seed, step, i) for i in b.pop("index").tolist()], x.shape[1:])
+            logsnr = logsnr_schedule(t, args.size, args.noise_size)
+            alpha, sigma = alpha_sigma(logsnr)
+            with autocast(device, args.amp):
+                v_pred = net(alpha * x + sigma * eps, logsnr, **b)
+            loss = diffusion_loss(v_pred, x, eps, logsnr, args.loss)                     # [b]
+            (loss.mean() / args.accumulate).backward()
+            bins.index_add_(1, (t * 5).long(), torch.stack([loss.detach(), torch.ones_like(loss)]))
+            losses.append(loss.detach().mean())
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args)
+        optimizer.step()
+        optimizer.zero_grad()
+        decay = min(args.ema, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+
+        done, saving = step + 1, (step + 1) % args.save_every == 0 or step + 1 == args.steps or bool(stop)
+        if done % args.log_every and not saving:
+            continue
+        values = torch.stack(losses)                                   # read back here only: no wait for the device in a step
+        if not values.isfinite().all():
+            bad = done - (len(values) - 1 - int(values.isfinite().logical_not().nonzero()[0])) // args.accumulate
+            die(f"the loss is {values[~values.isfinite()][0]} at step {bad}; the last good checkpoint is as it was. "
+                "Lower --lr, or use --amp none; if it happens at once, look for nan in cls.npy and tokens.npy")
+        if world > 1:
+            dist.all_reduce(bins)
+        speed = len(values) // args.accumulate * args.batch / (time.perf_counter() - clock)
+        row = dict(step=done, loss=(bins[0].sum() / bins[1].sum()).item(), by_noise_level=(bins[0] / bins[1].clamp(min=1)).tolist(),
+                   lr=learning_rate(step, args), images_per_s=speed)
+        bar.set_postfix_str("loss {:.4f}, by noise level {}".format(row["loss"], " ".join(f"{v:.3f}" for v in row["by_noise_level"])))
+        if rank == 0:
+            with open(log, "a") as f:
+                f.write(json.dumps(row) + "\n")
+        if saving and rank == 0:
+            with writing(partial) as f:
+                torch.save(dict(model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
+                                step=done, config=config), f)
+            preview(args, data, ema, device)
+        if stop and done < args.steps:
+            print(f"SIGTERM: {partial} holds step {done}; repeat the command to go on", file=sys.stderr)
+            sys.exit(143)
+        losses, clock = [], time.perf_counter()
+        bins.zero_()
+    if rank == 0:
+        os.replace(partial, args.out)
+        print(f"wrote {args.out}, {log} and {args.out.with_suffix('.png')}")
+
+
+def preview(args, data, model, device):
+    """Eight samples (w = 1) for each of up to eight conditions, with the same noise every time: OUT with .png."""
+    chosen, k, shape = data.conditions()[:8], 8, (3, args.size, args.size)
+    condition = {name: c.repeat_interleave(k, 0) for name, c in data.embeddings(chosen, args.cond, device).items()}
+    streams = [generator(device, args.seed, i, j) for i in range(len(chosen)) for j in range(k)]
+    with autocast(device, args.amp):
+        x = ddpm_sample(guide(model, 0 if args.cond == "none" else 1, **condition), randn(streams, shape),
+                        lambda: randn(streams, shape), args.sample_steps, lambda t: logsnr_schedule(t, args.size, args.noise_size))
+    images = to_uint8(x).reshape(len(chosen), k, args.size, args.size, 3)
+    contact_sheet(args.out.with_suffix(".png"), [[data.images[c], None, *row] for c, row in zip(chosen, images)])
+
+
+if __name__ == "__main__":
+    print(f"{'preset':14}{'size':>5}{'patch':>6}  {'channels':30}{'blocks':20}{'Mparams':>9}{'GFLOPs/image':>14}")
+    for name, p in PRESETS.items():
+        with torch.device("meta"), FlopCounterMode(display=False) as counter:
+            model = UViT(p["size"], p["patch"], p["channels"], p["blocks"], "both", 1280, (49, 320))
+            model(torch.empty(1, 3, p["size"], p["size"]), torch.empty(1), torch.empty(1, 1280), torch.empty(1, 49, 320))
+        print(f"{name:14}{p['size']:5}{p['patch']:6}  {str(p['channels']):30}{str(p['blocks']):20}"
+              f"{sum(w.numel() for w in model.parameters()) / 1e6:9.1f}{counter.get_total_flops() / 1e9:14.3f}")

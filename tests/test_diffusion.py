@@ -1,0 +1,172 @@
+"""Identities of the diffusion code in common.py: schedule, loss, sampler, guidance, seeding."""
+import math
+
+import common
+import numpy as np
+import pytest
+import torch
+
+
+def test_alpha_sigma_and_schedule_ends():
+    t = torch.linspace(0, 1, 101, dtype=torch.float64)
+    logsnr = common.logsnr_schedule(t, 64, 64)
+    alpha, sigma = (a.flatten() for a in common.alpha_sigma(logsnr))
+    torch.testing.assert_close(alpha**2 + sigma**2, torch.ones_like(t))
+    torch.testing.assert_close(2 * torch.log(alpha / sigma), logsnr)
+    assert logsnr[0].item() == pytest.approx(15, abs=1e-6) and logsnr[-1].item() == pytest.approx(-15, abs=1e-6)
+    assert (logsnr.diff() < 0).all()
+    assert abs(logsnr[50].item()) < 1e-9                               # alpha = sigma in the middle of the plain cosine
+
+
+def test_schedule_shift_is_exact():
+    t = torch.linspace(0, 1, 11, dtype=torch.float64)
+    shift = common.logsnr_schedule(t, 256, 32) - common.logsnr_schedule(t, 256, 256)
+    torch.testing.assert_close(shift, torch.full_like(t, 2 * math.log(32 / 256)))
+
+
+def test_eps_loss_is_alpha_squared_times_v_loss():
+    torch.manual_seed(0)
+    x, eps, v_pred = torch.randn(3, 7, 3, 8, 8, dtype=torch.float64)
+    logsnr = torch.linspace(-8, 8, 7, dtype=torch.float64)
+    v_loss = common.diffusion_loss(v_pred, x, eps, logsnr, "v")
+    eps_loss = common.diffusion_loss(v_pred, x, eps, logsnr, "eps")
+    torch.testing.assert_close(eps_loss, torch.sigmoid(logsnr) * v_loss)
+    alpha, sigma = common.alpha_sigma(logsnr)
+    assert common.diffusion_loss(alpha * eps - sigma * x, x, eps, logsnr, "eps").max() < 1e-20   # the true v has no loss
+
+
+def schedule(t):
+    return common.logsnr_schedule(t.double(), 32, 32)
+
+
+def test_sampler_with_an_oracle_recovers_the_image():
+    torch.manual_seed(0)
+    x = torch.rand(2, 3, 8, 8, dtype=torch.float64) * 2 - 1
+
+    def oracle(z, logsnr):                                             # x_hat = alpha z - sigma v = x
+        alpha, sigma = common.alpha_sigma(logsnr)
+        return (alpha * z - x) / sigma
+
+    z = torch.randn_like(x)
+    torch.testing.assert_close(common.ddpm_sample(oracle, z, lambda: torch.randn_like(z), 10, schedule), x)
+
+
+def test_sampler_on_a_gaussian():
+    """Pixels from N(m, s^2): the posterior mean is linear in z, so the samples' mean and variance follow a recursion."""
+    torch.manual_seed(0)
+    m, s, steps = 0.3, 0.5, 200
+
+    def denoise(z, logsnr):
+        alpha, sigma = common.alpha_sigma(logsnr)
+        x_hat = m + alpha * s**2 / (alpha**2 * s**2 + sigma**2) * (z - alpha * m)
+        return (alpha * z - x_hat) / sigma
+
+    z = torch.randn(64, 3, 32, 32, dtype=torch.float64)
+    x = common.ddpm_sample(denoise, z, lambda: torch.randn_like(z), steps, schedule, clip=False)
+
+    mean, var = 0.0, 1.0                                               # a second computation, scalar by scalar
+    logsnrs = schedule(torch.linspace(1, 0, steps + 1)).tolist()
+    for i, (lt, ls) in enumerate(zip(logsnrs, logsnrs[1:])):
+        at2, as2 = 1 / (1 + math.exp(-lt)), 1 / (1 + math.exp(-ls))
+        gain = math.sqrt(at2) * s**2 / (at2 * s**2 + 1 - at2)
+        if i == steps - 1:
+            mean, var = m + gain * (mean - math.sqrt(at2) * m), gain**2 * var
+            break
+        r = math.exp(lt - ls)
+        a = r * math.sqrt(as2 / at2) + (1 - r) * math.sqrt(as2) * gain
+        b = (1 - r) * math.sqrt(as2) * (m - gain * math.sqrt(at2) * m)
+        noise = (1 - r) * (1 - at2) ** 0.2 * (1 - as2) ** 0.8
+        mean, var = a * mean + b, a**2 * var + noise
+    n = x.numel()
+    assert x.mean().item() == pytest.approx(mean, abs=5 * math.sqrt(var / n))
+    assert x.var().item() == pytest.approx(var, rel=5 * math.sqrt(2 / n))
+    assert mean == pytest.approx(m, abs=0.01) and var == pytest.approx(s**2, rel=0.05)   # and that is the data's
+
+
+@pytest.mark.parametrize("interpolation", [0.0, 1.0])
+def test_interpolation_gives_the_two_posterior_variances(interpolation):
+    one = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    still = lambda z, logsnr: torch.zeros_like(z)  # noqa: E731        # v = 0, so the last x_hat is alpha_s z_s
+    run = [common.ddpm_sample(still, one, lambda k=k: k * one, 2, schedule, interpolation, clip=False).item() for k in (0, 1)]
+    logsnr_t, logsnr_s = schedule(torch.tensor([1.0, 0.5])).tolist()
+    alpha_s2, sigma_s2, sigma_t2 = 1 / (1 + math.exp(-logsnr_s)), 1 / (1 + math.exp(logsnr_s)), 1 / (1 + math.exp(logsnr_t))
+    variance = ((run[1] - run[0]) ** 2) / alpha_s2
+    assert variance == pytest.approx((sigma_t2 if interpolation else sigma_s2) * (1 - math.exp(logsnr_t - logsnr_s)))
+
+
+def test_guidance_zero_is_conditional_and_minus_one_unconditional():
+    model = random_unet("both")
+    z, logsnr, condition = inputs()
+    v = {w: common.guide(model, w, **condition)(z, logsnr) for w in (-1, 0, 1)}
+    drop = torch.ones(len(z), dtype=torch.bool)
+    torch.testing.assert_close(v[0], model(z, logsnr, **condition))
+    torch.testing.assert_close(v[-1], model(z, logsnr, drop=drop, **condition))
+    torch.testing.assert_close(v[1], 2 * v[0] - v[-1], atol=1e-5, rtol=1e-4)
+
+
+def random_unet(cond):
+    """A tiny U-ViT whose zero-initialised layers are random too, so that everything reaches the output."""
+    torch.manual_seed(0)
+    model = common.UViT(8, 1, (16, 32), (1, 2), cond, cls_dim=5, token_shape=(4, 6)).eval().requires_grad_(False)
+    for p in model.parameters():
+        if not p.any():
+            p.normal_(0, 0.1)
+    return model
+
+
+def inputs(n=3):
+    torch.manual_seed(1)
+    return torch.randn(n, 3, 8, 8), torch.linspace(-5, 5, n), dict(cls=torch.randn(n, 5), tokens=torch.randn(n, 4, 6).half())
+
+
+@pytest.mark.parametrize("cond,read", [("tokens", {"tokens"}), ("film", {"cls"}), ("both", {"cls", "tokens"}), ("none", set())])
+def test_the_condition_reaches_the_output(cond, read):
+    model = random_unet(cond)
+    z, logsnr, condition = inputs()
+    before = model(z, logsnr, **condition)
+    for name in ("cls", "tokens"):
+        changed = model(z, logsnr, **{**condition, name: condition[name] + 1})
+        assert (not torch.equal(before, changed)) == (name in read)
+    nothing = torch.ones(len(z), dtype=torch.bool)
+    null = model(z, logsnr, drop=nothing, **condition)
+    assert torch.equal(null, model(z, logsnr, drop=nothing, **{k: c + 1 for k, c in condition.items()}))   # dropped = null
+    assert torch.equal(null, before) == (cond == "none")
+
+
+@pytest.mark.parametrize("preset", common.PRESETS)
+def test_preset_shapes_on_the_meta_device(preset):
+    p = common.PRESETS[preset]
+    with torch.device("meta"):
+        model = common.UViT(p["size"], p["patch"], p["channels"], p["blocks"], "both", 1280, (49, 320))
+        v = model(torch.empty(2, 3, p["size"], p["size"]), torch.empty(2), torch.empty(2, 1280), torch.empty(2, 49, 320))
+    assert v.shape == (2, 3, p["size"], p["size"]) and v.dtype == torch.float32
+
+
+def test_an_image_does_not_depend_on_its_batch():
+    model = random_unet("both")
+    _, _, condition = inputs(6)
+    condition = {k: c[:1].expand(6, *c.shape[1:]).contiguous() for k, c in condition.items()}
+
+    def sample(rows):
+        streams = [common.generator("cpu", 0, 5, j) for j in rows]
+        noise = lambda: common.randn(streams, (3, 8, 8))  # noqa: E731
+        own = {k: c[:len(rows)] for k, c in condition.items()}
+        return common.ddpm_sample(common.guide(model, 1, **own), noise(), noise, 5, lambda t: schedule(t).float())
+
+    whole = sample(range(6))
+    torch.testing.assert_close(torch.cat([sample([0, 1, 2, 3]), sample([4, 5])]), whole, atol=1e-5, rtol=0)
+    assert not torch.equal(whole[0], whole[1])
+
+
+def test_a_generator_depends_on_all_of_its_key():
+    draws = {key: torch.randn(4, generator=common.generator("cpu", *key)) for key in [(0, 1, 2), (0, 2, 1), (1, 1, 2), (0, 1)]}
+    assert len({tuple(d.tolist()) for d in draws.values()}) == 4
+    assert torch.equal(draws[0, 1, 2], torch.randn(4, generator=common.generator("cpu", 0, 1, 2)))
+
+
+def test_standardise():
+    x = torch.from_numpy(np.random.default_rng(0).normal(3, [1, 2, 5], (1000, 3)).astype(np.float32))
+    layer = common.Standardise(3)
+    layer.fit(x)
+    y = layer(x)
+    assert y.mean(0).abs().max() < 1e-4 and (y.std(0) - 1).abs().max() < 2e-3

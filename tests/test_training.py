@@ -1,0 +1,193 @@
+"""The training loop: batches are functions of (seed, step), resume equals the uninterrupted run bit for bit, bad states stop it."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import common
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(args, pairs=None):
+    data = common.Data(args.data)
+    common.train(args, data, common.read_array(args.data / "pairs.npy") if pairs is None else pairs)
+    return common.read_checkpoint(args.out)
+
+
+def assert_same(a, b):
+    for part in ("model", "ema"):
+        assert a[part].keys() == b[part].keys()
+        assert all(torch.equal(a[part][k], b[part][k]) for k in a[part])
+    assert a["step"] == b["step"] and a["config"] == b["config"]
+    moments = [[s[k] for s in c["optimizer"]["state"].values() for k in ("exp_avg", "exp_avg_sq")] for c in (a, b)]
+    assert all(torch.equal(x, y) for x, y in zip(*moments))
+
+
+def test_ranks_split_the_global_batch(train_args):
+    args = train_args()
+    data, pairs = common.Data(args.data), common.read_array(args.data / "pairs.npy")
+    whole = common.Batches(args, data, pairs, 0, 1)[7]
+    parts = [common.Batches(args, data, pairs, rank, 2)[7] for rank in (0, 1)]
+    for key in whole:
+        joined = torch.stack([parts[0][key], parts[1][key]], 1).flatten(0, 1)
+        assert torch.equal(joined, whole[key])
+    assert not torch.equal(whole["x"], common.Batches(args, data, pairs, 0, 1)[8]["x"])
+
+
+def test_times_are_stratified_and_conditions_dropped_at_the_given_rate(train_args):
+    args = train_args("--batch", "500")
+    batch = common.Batches(args, common.Data(args.data), common.read_array(args.data / "pairs.npy"), 0, 1)[0]
+    assert torch.equal((batch["t"] * 500).long(), torch.arange(500))          # one t in each of 500 strata
+    assert 0.05 < batch["drop"].float().mean() < 0.15
+
+
+def test_reconstruction_and_pairs_read_the_right_images(train_args):
+    """With (i, i) pairs condition and target are one image; with page pairs they are two images of one page, never held out."""
+    args = train_args("--batch", "64", "--cond", "film")
+    data, pairs = common.Data(args.data), common.read_array(args.data / "pairs.npy")
+    for pairs, same in ((np.stack([np.arange(20)] * 2, 1), True), (pairs, False)):
+        batch = common.Batches(args, data, pairs, 0, 1)[0]
+        condition = [int((data.cls == c.numpy()).all(1).nonzero()[0][0]) for c in batch["cls"]]
+        target = [int((data.images == x.numpy()).all((1, 2, 3)).nonzero()[0][0]) for x in batch["x"]]
+        assert all((c == t) == same and data.pages[c] == data.pages[t] for c, t in zip(condition, target))
+        if not same:
+            assert data.split[condition].max() == 0 and data.split[target].max() == 0
+
+
+def test_learning_rate_warms_up_and_decays(train_args):
+    args = train_args("--steps", "1000", "--lr", "0.5")
+    assert common.learning_rate(0, args) == pytest.approx(0.5 / args.warmup, rel=1e-3)
+    assert common.learning_rate(500, args) == pytest.approx(0.25)
+    assert common.learning_rate(999, args) < 1e-5
+    args.decay = "constant"
+    assert common.learning_rate(999, args) == 0.5
+
+
+def test_training_reduces_the_loss_and_logs_it(train_args):
+    args = train_args("--steps", "60", "--log-every", "10", "--lr", "5e-3", "--batch", "16")
+    args.warmup = 5
+    data = common.Data(args.data)
+    one = np.zeros((1, 2), np.int64)                                          # one image: easy to learn by heart
+    common.train(args, data, one)
+    log = [json.loads(line) for line in args.out.with_suffix(".jsonl").read_text().splitlines()]
+    assert [row["step"] for row in log] == [10, 20, 30, 40, 50, 60]
+    assert log[-1]["loss"] < 0.75 * log[0]["loss"] and len(log[0]["by_noise_level"]) == 5
+    assert args.out.with_suffix(".png").exists() and not Path(f"{args.out}.partial").exists()
+
+
+def test_resume_equals_the_uninterrupted_run(train_args, monkeypatch):
+    whole = run(train_args("--steps", "7", "--out", str(train_args().data / "whole.pt")))
+    args = train_args("--steps", "7", "--save-every", "3")
+    true_rate = common.learning_rate
+    with monkeypatch.context() as patch:
+        def crash(step, args):
+            if step == 5:
+                raise KeyboardInterrupt
+            return true_rate(step, args)
+        patch.setattr(common, "learning_rate", crash)
+        with pytest.raises(KeyboardInterrupt):
+            run(args)
+    assert common.read_checkpoint(f"{args.out}.partial")["step"] == 3 and not args.out.exists()
+    assert_same(run(args), whole)
+    log = [json.loads(line)["step"] for line in args.out.with_suffix(".jsonl").read_text().splitlines()]
+    assert log == sorted(set(log)) and log[-1] == 7
+
+
+def test_accumulation_equals_one_backward_pass(train_args):
+    one = run(train_args("--steps", "3", "--out", str(train_args().data / "one.pt")))
+    two = run(train_args("--steps", "3", "--accumulate", "2", "--out", str(train_args().data / "two.pt")))
+    for name in one["model"]:
+        torch.testing.assert_close(one["model"][name], two["model"][name], atol=2e-4, rtol=1e-3)
+
+
+def test_a_non_finite_loss_stops_and_keeps_the_last_checkpoint(train_args, capsys):
+    args = train_args("--steps", "6", "--save-every", "2", "--log-every", "1")
+    true_loss, calls = common.diffusion_loss, []
+
+    def poisoned(*a):
+        calls.append(1)
+        return true_loss(*a) * (float("nan") if len(calls) == 5 else 1)
+    common.diffusion_loss = poisoned
+    try:
+        with pytest.raises(SystemExit) as stop:
+            run(args)
+    finally:
+        common.diffusion_loss = true_loss
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and "nan at step 5" in message and "--lr" in message
+    assert common.read_checkpoint(f"{args.out}.partial")["step"] == 4
+
+
+def test_other_settings_do_not_continue_a_checkpoint(train_args, capsys):
+    run(train_args("--steps", "2"))
+    with pytest.raises(SystemExit) as stop:
+        run(train_args("--steps", "2", "--lr", "1"))
+    assert stop.value.code == 2 and "another lr" in capsys.readouterr().err
+
+
+def test_sigterm_and_kill_then_the_same_command_finishes(tiny_data):
+    """03 and 04 through their command lines: SIGTERM saves and exits 143, kill -9 loses at most --save-every steps."""
+    command = [sys.executable, ROOT / "04_train_pairs.py", "--data", tiny_data, "--device", "cpu", "--batch", "2", "--steps", "15",
+               "--save-every", "5", "--sample-steps", "1"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    whole = tiny_data / "whole.pt"
+    uninterrupted = subprocess.Popen([*command, "--out", whole], cwd=ROOT, env=env)
+    for sig, code in ((signal.SIGTERM, 143), (signal.SIGKILL, -9)):
+        process = subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.DEVNULL)
+        partial, before = tiny_data / "pairs.pt.partial", 0
+        before = partial.stat().st_mtime_ns if partial.exists() else 0
+        while process.poll() is None and not (partial.exists() and partial.stat().st_mtime_ns > before):
+            time.sleep(0.01)
+        process.send_signal(sig)
+        assert process.wait() == code
+        assert not (tiny_data / "pairs.pt").exists()
+    subprocess.run(command, cwd=ROOT, env=env, check=True)
+    assert uninterrupted.wait() == 0
+    assert_same(common.read_checkpoint(tiny_data / "pairs.pt"), common.read_checkpoint(whole))
+    subprocess.run([sys.executable, ROOT / "03_train_recon.py", "--data", tiny_data, "--steps", "1", "--batch", "2",
+                    "--sample-steps", "1"], cwd=ROOT, check=True)
+    assert common.read_checkpoint(tiny_data / "recon.pt")["config"]["pairs"] == 16      # each training image with itself
+
+
+@pytest.mark.parametrize("bad", ["missing", "truncated", "pickled", "shape", "checkpoint"])
+def test_bad_files_are_one_line_and_exit_code_2(tiny_data, bad, capsys):
+    path = tiny_data / "cls.npy"
+    if bad == "missing":
+        path.unlink()
+    elif bad == "truncated":
+        path.write_bytes(path.read_bytes()[:200])
+    elif bad == "pickled":
+        np.save(path, np.array([{"a": 1}] * 20, dtype=object), allow_pickle=True)
+    elif bad == "shape":
+        np.save(path, np.zeros((19, 6), np.float32))
+    with pytest.raises(SystemExit) as stop:
+        if bad == "checkpoint":
+            torch.save([1, 2], tiny_data / "x.pt")
+            common.read_checkpoint(tiny_data / "x.pt")
+        common.Data(tiny_data)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
+    assert ("x.pt" if bad == "checkpoint" else "cls.npy") in error
+
+
+def test_writing_is_all_or_nothing(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with pytest.raises(RuntimeError):
+        with common.writing(path) as f:
+            f.write(b"half")
+            raise RuntimeError
+    assert path.read_text() == "old"
+    with common.writing(path) as f:
+        f.write(b"new")
+    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+    with pytest.raises(SystemExit):
+        with common.writing("/proc/no/such/folder/a"):
+            pass
