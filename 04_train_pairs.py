@@ -1,8 +1,21 @@
-"""04: Semantica: condition and target are two images of one page."""
+"""04: Semantica. The condition is the embedding of another image of the target's page, and the model learns to vary.
+
+Reads   DATA of 01_embed.py: images.npy, cls.npy, tokens.npy; pairs.npy of 02_filter_pairs.py
+Writes  DATA/pairs.pt {model, ema, optimizer, step, config}, pairs.jsonl (loss, also by noise level), pairs.png (a preview)
+
+    minimise over theta   E | v_theta(alpha x + sigma eps, logsnr, embed(y)) - v |^2,   v = alpha eps - sigma x   (--loss v)
+
+The same images, network, schedule and steps as 03_train_recon.py: `diff 03_train_recon.py 04_train_pairs.py` is the paper's idea.
+The command can be repeated at any time: it resumes, or says that it is done.
+
+    python 04_train_pairs.py                                             # digits at 16 px on a CPU
+    python 04_train_pairs.py --preset emoji64                            # 64 px, one GPU, bf16
+    torchrun --nproc-per-node=8 04_train_pairs.py --data runs/mine --preset semantica64 --accumulate 4 --workers 8
+"""
 import common
 
 args = common.parse(common.training_parser(__doc__))
 args.out = args.out or args.data / "pairs.pt"
 data = common.Data(args.data)
-pairs = common.read_array(args.data / "pairs.npy", ndim=2, made_by="02_filter_pairs.py")
+pairs = common.read_array(args.data / "pairs.npy", "int64", 2, made_by="02_filter_pairs.py")   # [P, 2]: two images of one page
 common.train(args, data, pairs)

@@ -53,7 +53,7 @@ def main():
             noise = partial(common.randn, streams, (3, size, size))
             with common.autocast(device, args.amp):
                 x = common.ddpm_sample(common.guide(model, args.guidance, **condition), noise(), noise, args.sample_steps,
-                                       lambda t: common.logsnr_schedule(t, size, config["noise_size"]))
+                                       common.sampling_schedule(config))
             samples[batch[:, 0], batch[:, 1]] = common.to_uint8(x)
     if rank > 0:
         return
@@ -69,7 +69,7 @@ def main():
         sets.insert(0, common.read_array(args.beside / "samples.npy", np.uint8, 5, len(conditions), "05_sample.py"))
     rows = [[data.images[c]] + [image for s in sets for image in (None, *s[i, :8])] for i, c in enumerate(conditions[:16])]
     common.contact_sheet(args.out / "sheet.png", rows)
-    print(f"wrote {args.out}/samples.npy and sheet.png; next: python 01_embed.py --preset {config['preset']} "
+    print(f"wrote {args.out}/samples.npy and sheet.png; next: python 01_embed.py --data {args.data} "
           f"--images {args.out}/samples.npy --out {args.out} --cls-only")
 
 

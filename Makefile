@@ -7,14 +7,13 @@ RUN      ?= runs/$(PRESET)
 VENV     ?= .venv
 PYTHON   ?= python3
 PY       := $(VENV)/bin/python
-MODELS   := recon pairs
-SETS     := $(foreach w,$(GUIDANCE),$(foreach m,$(MODELS),$(m)_w$(w)))
+SETS     := $(foreach w,$(GUIDANCE),recon_w$(w) pairs_w$(w))
 
 .PHONY: demo test clean
 .DELETE_ON_ERROR:
 .SECONDARY:
 
-demo: $(RUN)/samples/pairs_w1/sheet.png $(RUN)/metrics.json
+demo: $(RUN)/samples/pairs_w1/samples.npy $(RUN)/metrics.json
 	@cat $(RUN)/metrics.txt
 	@echo "pictures: $(RUN)/samples/pairs_w1/sheet.png (condition | reconstruction model | pair model)"
 	@echo "          $(RUN)/metrics.png (precision and recall over guidance)"
@@ -36,18 +35,18 @@ $(RUN)/recon.pt: $(RUN)/data.json
 $(RUN)/pairs.pt: $(RUN)/pairs.npy
 	$(PY) 04_train_pairs.py --data $(RUN)
 
-# one rule for each model and each guidance weight: $(1) is the model, $(2) the weight
+# for each guidance weight w = $(1): samples of both models, and a sheet of the pair model's beside the other's
 define SAMPLE
-$(RUN)/samples/$(1)_w$(2)/samples.npy: $(RUN)/$(1).pt
-	$(PY) 05_sample.py --data $(RUN) --checkpoint $(RUN)/$(1).pt --guidance $(2) --out $$(@D)
+$(RUN)/samples/recon_w$(1)/samples.npy: $(RUN)/recon.pt
+	$(PY) 05_sample.py --data $(RUN) --checkpoint $(RUN)/recon.pt --guidance $(1) --out $$(@D)
+
+$(RUN)/samples/pairs_w$(1)/samples.npy: $(RUN)/pairs.pt $(RUN)/samples/recon_w$(1)/samples.npy
+	$(PY) 05_sample.py --data $(RUN) --checkpoint $(RUN)/pairs.pt --guidance $(1) --out $$(@D) --beside $(RUN)/samples/recon_w$(1)
 endef
-$(foreach m,$(MODELS),$(foreach w,$(GUIDANCE),$(eval $(call SAMPLE,$(m),$(w)))))
+$(foreach w,$(GUIDANCE),$(eval $(call SAMPLE,$(w))))
 
 $(RUN)/samples/%/cls.npy: $(RUN)/samples/%/samples.npy
-	$(PY) 01_embed.py --preset $(PRESET) --images $< --out $(@D) --cls-only
-
-$(RUN)/samples/pairs_w1/sheet.png: $(RUN)/samples/recon_w1/samples.npy $(RUN)/samples/pairs_w1/samples.npy
-	$(PY) 05_sample.py --data $(RUN) --guidance 1 --beside $(<D) --sheet-only
+	$(PY) 01_embed.py --data $(RUN) --images $< --out $(@D) --cls-only
 
 $(RUN)/metrics.json: $(foreach s,$(SETS),$(RUN)/samples/$(s)/cls.npy)
 	$(PY) 06_fewshot_metrics.py --data $(RUN)

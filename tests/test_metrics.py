@@ -1,0 +1,242 @@
+"""06_fewshot_metrics.py: FID, KID, precision and recall against independent formulas, the references, the command line."""
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+spec = importlib.util.spec_from_file_location("fewshot_metrics", ROOT / "06_fewshot_metrics.py")
+metrics = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(metrics)
+
+
+def features(rng, n, d, scale=1.0, shift=0.0):
+    """Correlated, skewed and not centred, as an encoder's features are: [n, d] float32."""
+    mix = np.random.default_rng(d).normal(size=(8, d)) * np.linspace(3, 0.3, 8)[:, None]
+    return np.maximum(rng.normal(size=(n, 8)) @ mix * scale + 0.3 * rng.normal(size=(n, d)) + 1 + shift, 0).astype(np.float32)
+
+
+def fid(x, y):
+    return metrics.frechet_distance(*(metrics.moments(torch.as_tensor(a)) for a in (x, y)))
+
+
+def kid(x, y):
+    x, y = torch.as_tensor(x), torch.as_tensor(y)
+    return metrics.kernel_mean(x) + metrics.kernel_mean(y) - 2 * metrics.kernel_mean(x, y)
+
+
+def precision_recall(real, fake):
+    real, fake = torch.as_tensor(real), torch.as_tensor(fake)
+    return metrics.precision_recall(real, fake, metrics.squared_reach(real), metrics.squared_reach(fake))
+
+
+def gaussian(rng, n, mean, variances, axes):
+    """n samples whose mean and covariance axes diag(variances) axes^T are exact, of rank min(n - 1, d). Float64."""
+    z = rng.normal(size=(n, np.count_nonzero(variances)))
+    z = np.linalg.qr(z - z.mean(0))[0] * np.sqrt(n - 1)                         # mean 0, covariance 1
+    return z * np.sqrt(variances[variances > 0]) @ axes[:, variances > 0].T + mean
+
+
+@pytest.mark.parametrize("n, m, d", [(30, 45, 60), (60, 61, 60), (400, 300, 20), (15, 500, 40)])
+def test_fid_is_the_eigenvalue_form(n, m, d):
+    rng = np.random.default_rng(0)
+    x, y = features(rng, n, d), features(rng, m, d, 1.3, 0.2)
+    mean_x, mean_y, cov_x, cov_y = x.mean(0, float), y.mean(0, float), np.cov(x.T.astype(float)), np.cov(y.T.astype(float))
+    roots = np.sqrt(scipy.linalg.eigvals(cov_x @ cov_y).astype(complex)).real.sum()
+    expected = ((mean_x - mean_y) ** 2).sum() + np.trace(cov_x) + np.trace(cov_y) - 2 * roots
+    assert fid(x, y) == pytest.approx(expected, rel=1e-5)
+    assert fid(y, x) == pytest.approx(fid(x, y), rel=1e-9)
+
+
+@pytest.mark.parametrize("n, m, d", [(12, 20, 40), (50, 50, 40), (400, 300, 40), (41, 1000, 40)])
+def test_fid_of_gaussians_with_common_axes_is_the_closed_form(n, m, d):
+    rng = np.random.default_rng(1)
+    axes, shift = np.linalg.qr(rng.normal(size=(d, d)))[0], rng.normal(size=d)
+    var_x, var_y = rng.uniform(0.1, 4, d), rng.uniform(0.1, 4, d)
+    var_x[n - 1:], var_y[:max(0, d - m + 1)] = 0, 0                              # as many as n - 1 and m - 1 points can span
+    x, y = gaussian(rng, n, 0, var_x, axes), gaussian(rng, m, shift, var_y, axes)
+    expected = (shift ** 2).sum() + ((np.sqrt(var_x) - np.sqrt(var_y)) ** 2).sum()
+    assert fid(x, y) == pytest.approx(expected, rel=1e-9)
+
+
+def test_fid_of_a_set_with_itself_or_shifted():
+    x = features(np.random.default_rng(2), 70, 50).astype(float)
+    assert abs(fid(x, x)) < 1e-9 * x.var(0).sum()
+    assert fid(x, x[::-1].copy() + 2.0) == pytest.approx(4 * 50, rel=1e-9)
+
+
+def test_moments_shorten_the_data_and_keep_the_covariance():
+    x = features(np.random.default_rng(3), 333, 24)
+    mean, root = metrics.moments(torch.as_tensor(x))
+    assert root.shape == (24, 24) and root.dtype == torch.float64
+    np.testing.assert_allclose(mean, x.mean(0, float), rtol=1e-12)
+    np.testing.assert_allclose(root.T @ root, np.cov(x.T.astype(float)), atol=1e-12 * 333)
+
+
+def test_kid_is_the_double_loop():
+    rng = np.random.default_rng(4)
+    x, y = features(rng, 23, 10), features(rng, 31, 10, 1.2, 0.3)
+    k = lambda a, b: (float(a.astype(float) @ b) / 10 + 1) ** 3  # noqa: E731
+    expected = (sum(k(a, b) for i, a in enumerate(x) for j, b in enumerate(x) if i != j) / (23 * 22)
+                + sum(k(a, b) for i, a in enumerate(y) for j, b in enumerate(y) if i != j) / (31 * 30)
+                - 2 * sum(k(a, b) for a in x for b in y) / (23 * 31))
+    assert kid(x, y) == pytest.approx(expected, rel=1e-5)
+    assert kid(x.astype(float), y.astype(float)) == pytest.approx(expected, rel=1e-12)
+
+
+def test_kid_is_unbiased():
+    """Two halves of one distribution: zero on average, and below zero about as often as above."""
+    rng = np.random.default_rng(5)
+    values = np.array([kid(*features(rng, 80, 6, 0.3).reshape(2, 40, 6)) for _ in range(300)])
+    assert abs(values.mean()) < 4 * values.std() / np.sqrt(300)
+
+
+def brute_precision_recall(real, fake, k):
+    """Kynkaanniemi et al. 2019, equations 1 and 2, from full distance matrices of differences in float64."""
+    distance = lambda a, b: np.linalg.norm(a[:, None].astype(float) - b[None], axis=2)  # noqa: E731
+    within = lambda a, b: (distance(a, b) <= np.sort(distance(b, b), 1)[:, k]).any(1).mean()  # noqa: E731
+    return within(fake, real), within(real, fake)
+
+
+@pytest.mark.parametrize("n, m, d", [(60, 90, 5), (150, 40, 30), (4, 4, 3)])
+def test_precision_recall_are_the_brute_force_ones(n, m, d):
+    rng = np.random.default_rng(n)
+    fake, real = features(rng, n, d), features(rng, m, d, 1.1, 0.1)
+    found = precision_recall(real, fake)
+    assert found == brute_precision_recall(real, fake, metrics.NEIGHBOURS)
+    assert n == 4 or (0 < found[0] < 1 and 0 < found[1] < 1)
+
+
+def test_a_cluster_in_a_cloud_is_precise_and_recalls_little():
+    rng = np.random.default_rng(6)
+    cloud, cluster = rng.normal(size=(400, 4)).astype(np.float32), 0.01 * rng.normal(size=(100, 4)).astype(np.float32)
+    precision, recall = precision_recall(real=cloud, fake=cluster)
+    assert precision == 1 and recall < 0.05
+    precision, recall = precision_recall(real=cluster, fake=cloud)
+    assert precision < 0.05 and recall == 1
+    assert precision_recall(cloud, cloud) == (1, 1)
+    assert precision_recall(cloud, cloud + 100) == (0, 0)
+
+
+def test_on_the_edge_is_within():
+    """Reach of the outer two of 0, 1, 2, 3 is 3 (k = 3): -3 and 6 lie on their edges, -4 and 7 beyond."""
+    real, on_edge = torch.arange(4.0)[:, None], torch.tensor([[-3.0], [6], [-4], [7]])
+    assert precision_recall(real, on_edge)[0] == 0.5
+
+
+def test_far_from_the_origin_float32_is_enough():
+    rng = np.random.default_rng(7)
+    fake, real = rng.normal(size=(80, 6)) + 300, rng.normal(size=(120, 6)) * 1.2 + 300
+    assert precision_recall(real.astype(np.float32), fake.astype(np.float32)) == precision_recall(real, fake)
+
+
+def test_the_size_of_a_chunk_changes_nothing(monkeypatch):
+    rng = np.random.default_rng(8)
+    x, y = features(rng, 53, 12).astype(float), features(rng, 64, 12, 1.2).astype(float)
+    whole = metrics.compare(metrics.statistics(y), metrics.statistics(x))
+    assert list(whole)[:3] == ["n", "m", "d"] and [whole[key] for key in "nmd"] == [53, 64, 12]
+    for chunk in (1, 7, 32, 53):
+        monkeypatch.setattr(metrics, "CHUNK", chunk)
+        parts = metrics.compare(metrics.statistics(y), metrics.statistics(x))
+        assert parts == pytest.approx(whole, rel=1e-9)
+        assert (parts["precision"], parts["recall"]) == (whole["precision"], whole["recall"])
+
+
+def test_copy_score_is_of_the_own_condition():
+    rng = np.random.default_rng(9)
+    cls = rng.normal(size=(10, 6)).astype(np.float32)
+    assert metrics.copy_score(cls, torch.tensor(cls[[7, 7, 7, 2, 2, 2]] * 2), np.array([7, 2])) == pytest.approx(1, abs=1e-6)
+    own = rng.normal(size=(6, 6)).astype(np.float32)
+    cosines = [a @ b / np.linalg.norm(a) / np.linalg.norm(b) for a, b in zip(own, cls[[7, 7, 7, 2, 2, 2]])]
+    assert metrics.copy_score(cls, torch.tensor(own), np.array([7, 2])) == pytest.approx(np.mean(cosines), abs=1e-6)
+
+
+def fake_data(pages, split, names=None):
+    names = np.array(names or ["x"] * len(pages))
+    return SimpleNamespace(folder="here", pages=np.array(pages), split=np.array(split), names=names)
+
+
+def test_references(capsys):
+    #                0  1  2  3  4  5  6  7  8  9
+    names = ["stranger: x"] + 8 * ["x"] + ["near-duplicate: x"]
+    data = fake_data([0, 0, 0, 0, 1, 1, 1, 2, 2, 2], [0, 0, 1, 1, 0, 1, 1, 0, 0, 0], names)
+    sets, train = metrics.references(data, np.array([2, 5]))
+    assert {name: indices.tolist() for name, indices in sets.items()} == dict(unseen=[3, 6], seen=[1, 4])
+    assert train.tolist() == [1, 4]
+    data = fake_data([0, 0, 1, 1, 2, 2], [1, 1, 1, 1, 0, 0])                     # training images on pages of their own
+    sets, train = metrics.references(data, np.array([0, 2]))
+    assert sets["unseen"].tolist() == [1, 3] and not len(sets["seen"]) and train.tolist() == [4, 5]
+    sets, train = metrics.references(fake_data([0, 0, 0, 1], [0, 0, 0, 0]), np.array([1]))
+    assert sets["all"].tolist() == [0, 2, 3] and not len(train) and "holds nothing out" in capsys.readouterr().out
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Eight pages of nine images, three of each held out; three sample folders: two guidances of a model, one of another."""
+    rng, n, d = np.random.default_rng(10), 72, 12
+    pages = np.repeat(np.arange(8), 9)
+    cls, split = features(rng, n, d) + rng.normal(size=(8, d))[pages], (np.arange(n) % 9 >= 6)
+    arrays = dict(cls=cls.astype(np.float32), pages=pages.astype(np.int32), split=split.astype(np.uint8),
+                  names=np.array([f"image {i}" for i in range(n)]), images=np.zeros((n, 2, 2, 3), np.uint8),
+                  tokens=np.zeros((n, 1, 2), np.float16))
+    for name, array in arrays.items():
+        np.save(tmp_path / f"{name}.npy", array)
+    encoder = dict(name="test", px=8, size=2, dim=d, tokens=[1, 2])
+    (tmp_path / "data.json").write_text(json.dumps(dict(preset="digits16", encoder=encoder)))
+    conditions = np.arange(6, n, 9)                                              # the first held-out image of each page
+    for name, model, guidance, spread in (("a", "recon", 1.0, 0.1), ("b", "pairs", 2.0, 0.5), ("c", "pairs", 0.0, 1.0)):
+        made = tmp_path / "samples" / name
+        made.mkdir(parents=True)
+        np.save(made / "conditions.npy", conditions)
+        np.save(made / "cls.npy", (np.repeat(cls[conditions], 5, 0) + spread * rng.normal(size=(40, d))).astype(np.float32))
+        (made / "data.json").write_text(json.dumps(dict(preset="digits16", encoder=dict(encoder, tokens=None))))
+        how = dict(model=model, checkpoint="x.pt", step=5, guidance=guidance, sample_steps=9, seed=0)
+        (made / "samples.json").write_text(json.dumps(how))
+    return tmp_path
+
+
+def test_command_line(folder):
+    done = subprocess.run([sys.executable, ROOT / "06_fewshot_metrics.py", "--data", folder, "--out", folder / "scores"],
+                          capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((folder / "scores" / "metrics.json").read_text())
+    assert (folder / "scores" / "metrics.png").read_bytes()[1:4] == b"PNG" and not list(folder.rglob("*.tmp"))
+    assert [(r["reference"], r["model"], r["guidance"]) for r in rows] == [
+        ("unseen", "real (train)", None), ("unseen", "pairs", 0), ("unseen", "pairs", 2), ("unseen", "recon", 1),
+        ("seen", "pairs", 0), ("seen", "pairs", 2), ("seen", "recon", 1)]
+    assert {(r["n"], r["m"], r["d"], r["encoder"]) for r in rows if r["reference"] == "unseen"} == {(40, 16, 12, "test, 8 px")}
+    assert {r["m"] for r in rows if r["reference"] == "seen"} == {48}
+    cls, split = (np.load(folder / f"{name}.npy", allow_pickle=False) for name in ("cls", "split"))
+    samples = np.load(folder / "samples" / "b" / "cls.npy", allow_pickle=False)
+    unseen = np.delete(cls, np.arange(6, 72, 9), 0)[np.delete(split, np.arange(6, 72, 9)) == 1]
+    assert rows[2]["fid"] == pytest.approx(fid(samples, unseen)) and rows[2]["kid"] == pytest.approx(kid(samples, unseen))
+    assert (rows[2]["precision"], rows[2]["recall"]) == brute_precision_recall(unseen, samples, 3)
+    assert rows[3]["copy"] > rows[2]["copy"] > rows[1]["copy"] and rows[0]["copy"] is None
+    table = [line.split() for line in done.stdout.splitlines()]
+    assert table[0] == "reference model guidance seed n m fid kid precision recall copy".split()
+    assert table[3][:6] == "unseen pairs 2 0 40 16".split()
+
+
+@pytest.mark.parametrize("flaw, words", [("encoder", "embedded by"), ("rows", "do not fit"), ("nan", "finite"), ("empty", "no f")])
+def test_errors_are_one_line(folder, monkeypatch, capsys, flaw, words):
+    made = folder / "samples" / "b"
+    samples = np.load(made / "cls.npy", allow_pickle=False)
+    if flaw == "encoder":
+        (made / "data.json").write_text((made / "data.json").read_text().replace('"px": 8', '"px": 16'))
+    elif flaw == "empty":
+        (folder / "samples").rename(folder / "elsewhere")
+    else:
+        np.save(made / "cls.npy", samples[:-1] if flaw == "rows" else np.where(samples == samples.max(), np.nan, samples))
+    monkeypatch.setattr(sys, "argv", ["06_fewshot_metrics.py", "--data", str(folder)])
+    with pytest.raises(SystemExit) as stop:
+        metrics.main()
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and words in error
+    assert not (folder / "metrics.json").exists()
