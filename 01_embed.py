@@ -117,7 +117,7 @@ def read_image(path, size, fit):
     """Any image file -> [size, size, 3] uint8. Raises what Pillow raises, for the caller to name the file."""
     with Image.open(path) as image:
         image.draft(None, (2 * size, 2 * size))                          # JPEG: decode a huge picture at 1/2, 1/4 or 1/8
-        image = ImageOps.exif_transpose(image)
+        ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith("I"):                                   # 16 bits of grey
             image = Image.fromarray((np.asarray(image, np.float32) / 257).clip(0, 255).round().astype(np.uint8))
         if image.has_transparency_data:

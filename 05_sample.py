@@ -24,7 +24,7 @@ def main():
     p.add_argument("--checkpoint", type=Path, help="what 03 or 04 wrote (default DATA/pairs.pt)")
     p.add_argument("--out", type=Path, help="folder to write (default DATA/samples/CHECKPOINT_wGUIDANCE)")
     p.add_argument("--guidance", type=float, default=1.0, help="w; 0 is plain conditional sampling")
-    p.add_argument("--samples", type=int, help="k, variations of each condition")
+    p.add_argument("--variations", type=int, help="k, samples of each condition")
     p.add_argument("--sample-steps", type=int, help="steps of the sampler")
     p.add_argument("--batch-images", type=int, default=100, help="images a forward pass")
     p.add_argument("--beside", type=Path, help="an earlier --out: show its samples on the sheet too, left of these")
@@ -42,7 +42,7 @@ def main():
     model = common.UViT(**config["network"]).to(device).eval()
     model.load_state_dict(checkpoint["ema"])
 
-    conditions, k, size = data.conditions(), args.samples, config["network"]["size"]
+    conditions, k, size = data.conditions(), args.variations, config["network"]["size"]
     jobs = np.stack(np.divmod(np.arange(len(conditions) * k), k), axis=1)               # [n k, 2]: condition i, variation j
     batches = range(0, len(jobs), args.batch_images)
     with common.writing_array(args.out / "samples.npy", (len(conditions), k, size, size, 3), np.uint8, rank) as samples:

@@ -220,7 +220,8 @@ def main():
     widths = [max(map(len, column)) for column in zip(columns, *cells)]
     table = ["  ".join(f"{cell:<{w}}" if i < 2 else f"{cell:>{w}}" for i, (cell, w) in enumerate(zip(line, widths)))
              for line in (columns, *cells)]
-    table.append(f"fid, kid: in the features of {name} (d = {data.cls.shape[1]}), not Inception's; precision, recall: k = {NEIGHBOURS}")
+    table.append(f"fid, kid: in the features of {name} (d = {data.cls.shape[1]}), not Inception's; "
+                 f"precision, recall: k = {NEIGHBOURS}")
     with common.writing(out / "metrics.txt") as f:
         f.write(("\n".join(table) + "\n").encode())
     print("\n".join(table))

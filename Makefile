@@ -3,6 +3,7 @@
 #   make demo PRESET=emoji64     OpenMoji, on a GPU             make test                   the tests
 PRESET   ?= digits16
 GUIDANCE ?= 0 0.5 1 2
+SEED     ?= 0
 RUN      ?= runs/$(PRESET)
 VENV     ?= .venv
 PYTHON   ?= python3
@@ -30,18 +31,18 @@ $(RUN)/pairs.npy: $(RUN)/data.json
 	$(PY) 02_filter_pairs.py --data $(RUN)
 
 $(RUN)/recon.pt: $(RUN)/data.json
-	$(PY) 03_train_recon.py --data $(RUN)
+	$(PY) 03_train_recon.py --data $(RUN) --seed $(SEED)
 
 $(RUN)/pairs.pt: $(RUN)/pairs.npy
-	$(PY) 04_train_pairs.py --data $(RUN)
+	$(PY) 04_train_pairs.py --data $(RUN) --seed $(SEED)
 
 # for each guidance weight w = $(1): samples of both models, and a sheet of the pair model's beside the other's
 define SAMPLE
 $(RUN)/samples/recon_w$(1)/samples.npy: $(RUN)/recon.pt
-	$(PY) 05_sample.py --data $(RUN) --checkpoint $(RUN)/recon.pt --guidance $(1) --out $$(@D)
+	$(PY) 05_sample.py --data $(RUN) --seed $(SEED) --checkpoint $(RUN)/recon.pt --guidance $(1) --out $$(@D)
 
 $(RUN)/samples/pairs_w$(1)/samples.npy: $(RUN)/pairs.pt $(RUN)/samples/recon_w$(1)/samples.npy
-	$(PY) 05_sample.py --data $(RUN) --checkpoint $(RUN)/pairs.pt --guidance $(1) --out $$(@D) --beside $(RUN)/samples/recon_w$(1)
+	$(PY) 05_sample.py --data $(RUN) --seed $(SEED) --checkpoint $(RUN)/pairs.pt --guidance $(1) --out $$(@D) --beside $(RUN)/samples/recon_w$(1)
 endef
 $(foreach w,$(GUIDANCE),$(eval $(call SAMPLE,$(w))))
 

@@ -38,14 +38,14 @@ from tqdm import tqdm
 
 SMALL = dict(patch=1, loss="v", warmup=100, decay="cosine", ema=0.998, cond_drop=0.1, amp="none", sample_steps=25, time_power=1.5)
 PAPER = dict(loss="eps", noise_size=32, warmup=10_000, decay="constant", ema=0.9999, cond_drop=0.1, amp="bf16", source=None,
-             encoder_px=224, batch=2048, steps=300_000, lr=1e-4, sample_steps=128, time_power=1, samples=10)
+             encoder_px=224, batch=2048, steps=300_000, lr=1e-4, sample_steps=128, time_power=1, variations=10)
 PRESETS = {
     "digits16": dict(SMALL, source="digits", size=16, encoder_px=128, channels=(32, 64, 192), blocks=(1, 1, 4), noise_size=16,
-                     batch=32, steps=1600, lr=2e-3, samples=60),
+                     batch=32, steps=1600, lr=2e-3, variations=60),
     "emoji16": dict(SMALL, source="openmoji", size=16, encoder_px=224, channels=(32, 64, 192), blocks=(1, 1, 4), noise_size=16,
-                    batch=32, steps=4000, lr=2e-3, samples=10),
+                    batch=32, steps=4000, lr=2e-3, variations=10),
     "emoji64": dict(SMALL, source="openmoji", size=64, encoder_px=224, channels=(64, 128, 256, 512), blocks=(2, 2, 2, 8),
-                    noise_size=32, batch=256, steps=20_000, lr=5e-4, amp="bf16", sample_steps=64, samples=10),
+                    noise_size=32, batch=256, steps=20_000, lr=5e-4, amp="bf16", sample_steps=64, variations=10),
     "semantica64": dict(PAPER, size=64, patch=1, channels=(128, 128, 256, 512, 1024), blocks=(3, 3, 3, 3, 12)),
     "semantica256": dict(PAPER, size=256, patch=2, channels=(128, 256, 1024, 2048, 4096), blocks=(2, 3, 3, 3, 12)),
 }

@@ -224,7 +224,8 @@ def test_command_line(folder):
     assert table[3][:6] == "unseen pairs 2 0 40 16".split()
 
 
-@pytest.mark.parametrize("flaw, words", [("encoder", "embedded by"), ("rows", "do not fit"), ("nan", "finite"), ("empty", "no f")])
+@pytest.mark.parametrize("flaw, words", [
+    ("encoder", "embedded by"), ("rows", "do not fit"), ("nan", "finite"), ("empty", "no folder")])
 def test_errors_are_one_line(folder, monkeypatch, capsys, flaw, words):
     made = folder / "samples" / "b"
     samples = np.load(made / "cls.npy", allow_pickle=False)
