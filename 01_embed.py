@@ -17,7 +17,7 @@ a hash of their names; of an .npy file nothing is.
     python 01_embed.py                                                         # CPU: the digits at 16 px, under a minute
     python 01_embed.py --images photos/ --out runs/mine --preset emoji64       # one GPU, or a CPU with patience
     torchrun --nproc-per-node=8 01_embed.py --images photos/ --out runs/mine --preset semantica256
-    python 01_embed.py --images cat.jpg --data runs/mine --out runs/cat        # then 05_sample.py --data runs/cat
+    python 01_embed.py --images cat.jpg --data runs/mine --out runs/cat        # your photo, for 05_sample.py --data runs/cat
 """
 import contextlib
 import hashlib
@@ -191,7 +191,7 @@ ENCODERS = {"efficientnet_lite0": efficientnet_lite0}
 
 
 def main():
-    p = common.parser(__doc__)
+    p = common.parser(__doc__, seed=False)
     p.add_argument("--images", type=Path, help="folder, image or .npy (default: the preset's own source)")
     p.add_argument("--out", type=Path, help="folder to write")
     p.add_argument("--fit", choices=["crop", "pad"], help="images that are not square: centre-crop (default), or whole on white")
@@ -288,8 +288,8 @@ def main():
                 np.save(f, values)
     with common.writing(out / "data.json") as f:
         f.write(json.dumps(dict(meta, images=n), indent=1).encode())
-    print(f"wrote {out}: {n} images, {len(np.unique(pages))} pages, {split.sum()} held out; next: "
-          + ("python 06_fewshot_metrics.py" if args.cls_only else f"python 02_filter_pairs.py --data {out}"))
+    follow = "06_fewshot_metrics.py" if args.cls_only else f"{'02_filter_pairs' if n > 1 else '05_sample'}.py --data {out}"
+    print(f"wrote {out}: {n} images, {len(np.unique(pages))} pages, {split.sum()} held out; next: python {follow}")
 
 
 if __name__ == "__main__":

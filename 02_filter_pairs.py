@@ -105,7 +105,7 @@ def picture(path, counts, low, high):
 
 
 def main():
-    p = common.parser(__doc__)
+    p = common.parser(__doc__, device=False, seed=False)
     p.add_argument("--low", type=float, help="least similarity (default: by quantile)")
     p.add_argument("--high", type=float, help="greatest similarity (default: by quantile)")
     p.add_argument("--low-quantile", type=float, default=0.2, help="share of the pairs below the band (default 0.2)")

@@ -17,7 +17,7 @@ References never contain a conditioning image, so a copier earns nothing by them
   seen       the training images on the pages of the conditions, if there are any (none for the digits): memorising helps here
 "real (train)" scores training images as if they were samples: what a perfect model would reach. Runs on the CPU, in chunks.
 
-    python 01_embed.py --images runs/digits16/samples/pairs_w1/samples.npy --out runs/digits16/samples/pairs_w1 --cls-only
+    python 01_embed.py --data runs/digits16 --images S/samples.npy --out S --cls-only    # S = runs/digits16/samples/pairs_w1
     python 06_fewshot_metrics.py                                       # all of runs/digits16/samples, about 1 s a folder
     python 06_fewshot_metrics.py --data runs/emoji64 --samples runs/emoji64/samples/pairs_w*
 """
@@ -181,7 +181,7 @@ def read_samples(folder, data):
 
 
 def main():
-    p = common.parser(__doc__)
+    p = common.parser(__doc__, device=False, seed=False)
     p.add_argument("--samples", type=Path, nargs="+", dest="folders", metavar="DIR",
                    help="sample folders (default: DATA/samples/*)")
     p.add_argument("--out", type=Path, help="folder for metrics.json and metrics.png (default DATA)")

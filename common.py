@@ -14,9 +14,11 @@ The papers, as cited in the comments:
 import argparse
 import contextlib
 import copy
+import ctypes
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -327,6 +329,8 @@ def read_array(path, dtype=None, ndim=None, rows=None, made_by="01_embed.py"):
         die(f"{path} is missing; {made_by} writes it")
     except (ValueError, OSError, EOFError, SyntaxError) as e:
         die(f"{path} is not a readable .npy array ({str(e).splitlines()[0]}); write it again with {made_by}")
+    if not isinstance(array, np.ndarray) or array.ndim == 0:
+        die(f"{path} is not one array with rows; write it again with {made_by}")
     found, wanted = (array.dtype, array.ndim, len(array)), (dtype, ndim, rows)
     if any(w is not None and f != w for f, w in zip(found, wanted)):
         die(f"{path} holds (dtype, axes, rows) {found}, expected {wanted}; write it again with {made_by}")
@@ -396,13 +400,15 @@ def contact_sheet(path, rows):
 # Command line, devices, processes. `torchrun --nproc-per-node=N script.py ...` and `python script.py ...` do the same.
 
 
-def parser(doc):
-    """An ArgumentParser with the flags that every script shares; finish with parse()."""
+def parser(doc, device=True, seed=True):
+    """An ArgumentParser with the flags that the scripts share; finish with parse()."""
     p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--preset", choices=PRESETS, help="size, network and recipe (default: what DATA was made with, else digits16)")
     p.add_argument("--data", type=Path, help="folder that 01_embed.py wrote (default runs/PRESET)")
-    p.add_argument("--device", help="cpu, cuda or mps (default: the best there is)")
-    p.add_argument("--seed", type=int, default=0)
+    if device:
+        p.add_argument("--device", help="cpu, cuda or mps (default: the best there is)")
+    if seed:
+        p.add_argument("--seed", type=int, default=0)
     return p
 
 
@@ -420,6 +426,9 @@ def parse(p, argv=None):
 
 def start(device):
     """Pick the device and join torchrun's process group if there is one. Returns (device, rank, world)."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):      # glibc: keep freed memory instead of faulting it in again,
+        for option in (-1, -3):                                        # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD: a tenth of a CPU step
+            ctypes.CDLL(None).mallopt(option, 1 << 30)
     rank, world, local = (int(os.environ.get(k, v)) for k, v in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     device = device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     if device == "cuda":
@@ -444,18 +453,27 @@ def barrier():
 
 @contextlib.contextmanager
 def writing_array(path, shape, dtype, rank):
-    """`with writing_array(...) as a`: one .npy that all ranks fill, each its own rows; named PATH when all are done."""
-    if rank == 0:
-        with writing(f"{path}.tmp"):
-            pass
-        np.lib.format.open_memmap(f"{path}.tmp", "w+", dtype, shape)
-    barrier()
-    array = np.lib.format.open_memmap(f"{path}.tmp", "r+")
-    yield array
-    array.flush()
-    barrier()
-    if rank == 0:
-        os.replace(f"{path}.tmp", path)
+    """`with writing_array(...) as a`: one .npy that all ranks fill, each its own rows; it becomes PATH when all are done."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        if rank == 0:
+            temporary.parent.mkdir(parents=True, exist_ok=True)
+            needed, free = math.prod(shape) * np.dtype(dtype).itemsize, shutil.disk_usage(temporary.parent).free
+            if needed > free:                                          # a memory map of a full disk dies without a word
+                die(f"cannot write {path}: it needs {needed:,} bytes, {free:,} are free")
+            np.lib.format.open_memmap(temporary, "w+", dtype, shape)
+        barrier()
+        array = np.lib.format.open_memmap(temporary, "r+")
+        yield array
+        array.flush()
+        barrier()
+        if rank == 0:
+            os.replace(temporary, path)
+    except OSError as e:
+        die(f"cannot write {path}: {e.strerror or e}; choose another folder")
+    finally:
+        if rank == 0:
+            temporary.unlink(missing_ok=True)
 
 
 def progress(iterable, rank=0, **options):
@@ -572,10 +590,12 @@ def train(args, data, pairs):
             eps = randn([generator(device, args.seed, step, i) for i in b.pop("index").tolist()], x.shape[1:])
             logsnr = logsnr_schedule(t, args.size, args.noise_size)
             alpha, sigma = alpha_sigma(logsnr)
-            with autocast(device, args.amp):
-                v_pred = net(alpha * x + sigma * eps, logsnr, **b)
-            loss = diffusion_loss(v_pred, x, eps, logsnr, args.loss)                     # [b]
-            (loss.mean() / args.accumulate).backward()
+            waits = world > 1 and part < args.accumulate - 1                             # sum over ranks once a step, at the end
+            with net.no_sync() if waits else contextlib.nullcontext():
+                with autocast(device, args.amp):
+                    v_pred = net(alpha * x + sigma * eps, logsnr, **b)
+                loss = diffusion_loss(v_pred, x, eps, logsnr, args.loss)                 # [b]
+                (loss.mean() / args.accumulate).backward()
             bins.index_add_(1, (t * 5).long(), torch.stack([loss.detach(), torch.ones_like(loss)]))
             losses.append(loss.detach().mean())
         for group in optimizer.param_groups:
@@ -606,7 +626,8 @@ def train(args, data, pairs):
             with writing(partial) as f:
                 torch.save(dict(model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
                                 step=done, config=config), f)
-            preview(args, config, data, ema, device)
+            if not stop:
+                preview(args, config, data, ema, device)
         if stop and done < args.steps:
             print(f"SIGTERM: {partial} holds step {done}; repeat the command to go on", file=sys.stderr)
             sys.exit(143)

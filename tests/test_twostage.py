@@ -1,0 +1,221 @@
+"""07_twostage.py: the prior on a known distribution, resuming, what each row may see, slerp, the command line."""
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import common
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+spec = importlib.util.spec_from_file_location("twostage", ROOT / "07_twostage.py")
+twostage = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(twostage)
+ROWS = ["unconditional", "kmeans", "oracle", "2sdm", "2sdm_fewer_steps"]
+CPU = torch.device("cpu")
+WEIGHTS = np.array([0.5, 0.3, 0.2])
+MEANS = np.array([[3, 0, 0, 10], [-3, 2, 0, 10], [0, -3, 1, 10]], np.float32)         # far from 0 and unlike scales
+
+
+@pytest.fixture
+def mixture(tmp_path):
+    """(args, data, label [N]): a Gaussian mixture in 4 dimensions as embeddings; the last tenth, held out, lies elsewhere."""
+    rng, n = np.random.default_rng(0), 2000
+    label = rng.choice(3, n, p=WEIGHTS)
+    cls = (MEANS[label] + 0.3 * rng.normal(size=(n, 4))).astype(np.float32)
+    split = (np.arange(n) >= 1800).astype(np.uint8)
+    cls[split == 1] += 100
+    args = SimpleNamespace(out=tmp_path, prior_width=64, prior_steps=250, prior_lr=3e-3, prior_batch=128, weight_decay=0.0, warmup=30,
+                           decay="cosine", ema=0.98, seed=0, save_every=1000)
+    return args, SimpleNamespace(cls=cls, split=split, folder=tmp_path, meta=dict(encoder="none")), torch.from_numpy(label)
+
+
+def draw(prior, label, steps=20):
+    streams = [common.generator(CPU, 0, i) for i in range(len(label))]
+    with torch.inference_mode():
+        return twostage.sample_y(prior, partial(common.randn, streams, (4, 1, 1)), label, steps).numpy()
+
+
+def test_prior_recovers_a_gaussian_mixture(mixture):
+    args, data, label = mixture
+    prior = twostage.train_prior(args, data, label, 0, CPU)
+    y = draw(prior, torch.zeros(1000, dtype=torch.long))
+    nearest = np.linalg.norm(y[:, None] - MEANS, axis=2).argmin(1)
+    np.testing.assert_allclose(np.bincount(nearest, minlength=3) / 1000, WEIGHTS, atol=0.07)
+    for k in range(3):
+        np.testing.assert_allclose(y[nearest == k].mean(0), MEANS[k], atol=0.25)
+        assert (y[nearest == k].std(0) < 0.6).all()
+
+
+def test_labels_choose_and_augmented_views_stay_out_of_the_samples(mixture):
+    args, data, label = mixture
+    args.out = args.out / "labelled"
+    np.save(data.folder / "cls_aug.npy", np.stack([data.cls + 4, data.cls - 4]))
+    prior = twostage.train_prior(args, data, label, 3, CPU)
+    assert prior.view.num_embeddings == 3 and prior.label.num_embeddings == 3
+    asked = torch.arange(300) % 3
+    y = draw(prior, asked)
+    assert (np.linalg.norm(y[:, None] - MEANS, axis=2).argmin(1) == asked.numpy()).mean() > 0.97
+    for k in range(3):
+        np.testing.assert_allclose(y[asked == k].mean(0), MEANS[k], atol=0.6)
+
+
+def test_resume_equals_the_uninterrupted_run(mixture, monkeypatch, capsys):
+    args, data, label = mixture
+    args.prior_steps, args.prior_width, args.save_every = 7, 16, 3
+    whole = twostage.train_prior(SimpleNamespace(**{**vars(args), "out": args.out / "whole"}), data, label, 3, CPU)
+    true_rate = common.learning_rate
+    with monkeypatch.context() as patch:
+        def crash(step, args):
+            if step == 5:
+                raise KeyboardInterrupt
+            return true_rate(step, args)
+        patch.setattr(common, "learning_rate", crash)
+        with pytest.raises(KeyboardInterrupt):
+            twostage.train_prior(args, data, label, 3, CPU)
+    assert common.read_checkpoint(args.out / "prior.pt.partial")["step"] == 3 and not (args.out / "prior.pt").exists()
+    resumed = twostage.train_prior(args, data, label, 3, CPU)
+    again = twostage.train_prior(args, data, label, 3, CPU)                              # from prior.pt
+    for a, b, c in zip(*(net.state_dict().values() for net in (whole, resumed, again))):
+        assert torch.equal(a, b) and torch.equal(a, c)
+    args.prior_lr = 1.0
+    with pytest.raises(SystemExit) as stop:
+        twostage.train_prior(args, data, label, 3, CPU)
+    assert stop.value.code == 2 and "other settings" in capsys.readouterr().err
+
+
+def test_standardisation_round_trips(mixture):
+    _, data, _ = mixture
+    prior = twostage.Prior(dim=4, width=16, labels=0, views=1)
+    prior.norm.fit(data.cls[data.split == 0])
+    y = torch.from_numpy(data.cls[:100])
+    x = prior.norm(y)
+    torch.testing.assert_close(prior.to_y(x[..., None, None]), y)
+    torch.testing.assert_close(prior.norm(prior.to_y(x[..., None, None])), x)
+    assert x.mean(0).abs().max() < 0.5 and (x.std(0) - 1).abs().max() < 0.3              # held-out rows, 100 away, did not count
+
+
+@pytest.mark.parametrize("labels", [0, 5])
+def test_the_prior_reads_its_label_if_there_is_one(labels):
+    torch.manual_seed(0)
+    prior, z, logsnr, view = twostage.Prior(6, 16, labels, 1), torch.randn(3, 6, 1, 1), torch.zeros(3), torch.zeros(3, dtype=torch.long)
+    a, b = (prior(z, logsnr, torch.full((3,), k), view) for k in (0, 4))
+    assert a.shape == z.shape and torch.equal(a, b) == (labels == 0)
+
+
+def test_slerp_end_points_and_norm():
+    torch.manual_seed(0)
+    a, b = torch.randn(2, 3, 40, 40, dtype=torch.float64)
+    b *= a.norm() / b.norm()
+    points = twostage.slerp(a, b, torch.linspace(0, 1, 9, dtype=torch.float64))
+    assert points.shape == (9, 3, 40, 40)
+    torch.testing.assert_close(points[0], a)
+    torch.testing.assert_close(points[-1], b)
+    torch.testing.assert_close(points.flatten(1).norm(dim=1), a.norm().expand(9))
+    steps = points.diff(dim=0).flatten(1).norm(dim=1)
+    torch.testing.assert_close(steps, steps[:1].expand(8))                               # equal steps along the arc
+
+
+def test_conditions_and_clusters_come_from_training_images_only():
+    rng = np.random.default_rng(0)
+    split, cls = (np.arange(90) % 3 == 1).astype(np.uint8), rng.normal(size=(90, 5)).astype(np.float32)
+    for n in (40, 200):                                                                  # fewer and more than there are
+        drawn = twostage.draw_conditions(split, n, seed=0)
+        assert len(drawn) == n and (split[drawn] == 0).all() and len(np.unique(drawn)) == min(n, 60 if n < 60 else len(np.unique(drawn)))
+    moved = cls + 100 * split[:, None].astype(np.float32)
+    a, b = (twostage.clusters(x, split, 4) for x in (cls, moved))
+    assert a.dtype == np.float32 and a.shape == cls.shape and len(np.unique(a[split == 0], axis=0)) == 4
+    np.testing.assert_array_equal(a[split == 0], b[split == 0])
+
+
+def test_fewer_steps_are_faster_than_the_baseline():
+    baseline = dict(ms_image=50.0, prior_share=0.0, sample_steps=25)
+    for share in (0.05, 0.2, 0.5):
+        two = dict(ms_image=50 / (1 - share), prior_share=share, sample_steps=25)
+        steps = twostage.fewer_steps(two, baseline)
+        assert 1 <= steps < 25 and two["ms_image"] * share + 2 * steps < 50
+    assert twostage.fewer_steps(dict(two, ms_image=500.0), baseline) == 1
+
+
+def test_a_sample_is_the_same_in_any_batch_and_has_its_own_condition(tmp_path):
+    torch.manual_seed(0)
+    network = dict(size=8, patch=1, channels=[16, 32], blocks=[1, 1], cond="film", cls_dim=6)
+    model = common.UViT(**network).eval()
+    torch.nn.init.normal_(model.conv_out.weight)                                         # it starts at zero
+    image = model, dict(network=network, noise_size=8, time_power=1, steps=1, name="film")
+    prior = twostage.Prior(4, 16, 0, 1).eval()
+    given, made = np.random.default_rng(0).normal(size=(5, 2)).astype(np.float32), []
+    for batch in (2, 5):
+        args = SimpleNamespace(seed=0, size=8, out=tmp_path / str(batch), batch_images=batch, sample_steps=2, amp="none")
+        about = twostage.sample_row(args, "row", image, given, 2, prior, torch.zeros(5, dtype=torch.long))
+        assert about["ms_image"] > 0 and 0 < about["prior_share"] < 1 and about["n"] == 5
+        made.append([np.load(args.out / "row" / f"{name}.npy", allow_pickle=False) for name in ("samples", "y")])
+    (x2, y2), (x5, y5) = made
+    assert np.abs(x2.astype(int) - x5).max() <= 1 and len(np.unique(x5.reshape(5, -1), axis=0)) == 5
+    np.testing.assert_allclose(y2, y5, atol=1e-4)
+    np.testing.assert_array_equal(y5[:, 4:], given)                                      # y of the prior, then what was given
+    args.seed = 1
+    with pytest.raises(SystemExit):
+        twostage.sample_row(args, "row", image, given, 2, prior, torch.zeros(5, dtype=torch.long))
+
+
+FLAGS = ["--device", "cpu", "--steps", "2", "--batch", "2", "--sample-steps", "2", "--samples", "9", "--clusters", "3",
+         "--prior-steps", "2", "--prior-batch", "4", "--prior-width", "16"]
+
+
+def test_command_line(tiny_data):
+    """The whole stage: every row, the oracle's y, nothing made twice, the pictures."""
+    env, out = {**os.environ, "OMP_NUM_THREADS": "1"}, tiny_data / "twostage"
+    command = [sys.executable, ROOT / "07_twostage.py", "--data", tiny_data, *FLAGS]
+    subprocess.run(command, cwd=ROOT, env=env, check=True)
+    data = common.Data(tiny_data)
+    for row in ROWS:
+        samples = common.read_array(out / row / "samples.npy", np.uint8, 5, 9)
+        assert samples.shape == (9, 1, 16, 16, 3) and not (out / row / "conditions.npy").exists()
+        about = json.loads((out / row / "samples.json").read_text())
+        assert about["model"] == row and about["seed"] == 0 and about["ms_image"] > 0 and 0 <= about["prior_share"] < 1
+        assert (about["prior_share"] > 0.01) == row.startswith("2sdm") and about["sample_steps"] <= 2
+        y = np.load(out / row / "y.npy", allow_pickle=False)
+        assert y.shape == (9, 0 if row == "unconditional" else 6)
+        if row == "oracle":
+            source = (y[:, None] == data.cls).all(2)                                     # [9, N]
+            assert source[:, data.split == 0].sum() == 9 and source[:, data.split == 1].sum() == 0
+    assert common.read_checkpoint(out / "film.pt")["config"]["pairs"] == (data.split == 0).sum()
+    assert {path.name for path in out.glob("*.pt")} == {"none.pt", "film.pt", "kmeans3.pt", "prior.pt"}
+    assert not list(out.rglob("*.tmp")) and not list(out.glob("*.partial"))
+
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("samples.*")} | {path: path.stat().st_mtime_ns for path in out.glob("*.pt")}
+    (out / "interpolation.png").unlink()
+    subprocess.run(command, cwd=ROOT, env=env, check=True)
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items()) and (out / "interpolation.png").exists()
+
+    for row in ROWS:                                                                     # as 01 --cls-only writes them
+        np.save(out / row / "cls.npy", np.random.default_rng(1).normal(size=(9, 6)).astype(np.float32))
+    args = SimpleNamespace(out=out)
+    for data.split in (data.split, np.zeros_like(data.split)):                           # also a folder that holds nothing out
+        twostage.figures(args, data)
+        assert all((out / name).stat().st_size > 1000 for name in ("neighbours.png", "distances.png"))
+        (out / "neighbours.png").unlink()
+
+
+def test_command_line_with_labels(tiny_data, monkeypatch, capsys):
+    monkeypatch.setitem(common.PRESETS, "digits16", dict(common.PRESETS["digits16"], channels=(16, 32), blocks=(1, 1)))
+    monkeypatch.setattr(sys, "argv", ["07", "--data", str(tiny_data), *FLAGS, "--label", "page"])
+    twostage.main()
+    data, out = common.Data(tiny_data), tiny_data / "twostage_page"
+    drawn = twostage.draw_conditions(data.split, 9, 0)
+    for row, d in zip(ROWS, (0, 6, 6, 6, 6)):
+        y = np.load(out / row / "y.npy", allow_pickle=False)
+        np.testing.assert_array_equal(y[:, d:], np.eye(4, dtype=np.float32)[data.pages[drawn]])              # the page, one-hot
+    assert common.read_checkpoint(out / "prior.pt")["config"]["network"]["labels"] == 4
+    assert common.read_checkpoint(out / "none.pt")["config"]["network"]["cond"] == "film"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit) as stop:
+        twostage.main()
+    assert stop.value.code == 2 and "torchrun" in capsys.readouterr().err
