@@ -7,7 +7,7 @@ A pair (i, j), i != j, of two training images of one page is kept when
 
     low <= cos(cls_i, cls_j) <= high,    cos(a, b) = a.b / (|a| |b|)
 
-low drops what shares a page but no subject; high drops near-duplicates, from which one learns to copy ([S] section 4). Both are
+low drops what shares a page but no subject; high drops near-duplicates, from which one learns to copy (Semantica). Both are
 values, or quantiles of all same-page similarities, read off a histogram of 5,000 bins. The default quantiles suit the
 digits, where a sixth of the pairs is unrelated and 1.5% nearly the same; look at filter.png for yours.
 Runs on the CPU, in two passes over tiles of at most 1024 x 1024 similarities; pairs are in the order of their pages.

@@ -2,7 +2,7 @@
 #   make demo                    the digits, on a CPU           make demo PRESET=emoji16    OpenMoji, on a CPU
 #   make demo PRESET=emoji64     OpenMoji, on a GPU             make test                   the tests
 PRESET   ?= digits16
-GUIDANCE ?= 0 0.5 1 2
+GUIDANCE ?= 0 1 2
 SEED     ?= 0
 RUN      ?= runs/$(PRESET)
 VENV     ?= .venv
@@ -14,7 +14,7 @@ SETS     := $(foreach w,$(GUIDANCE),recon_w$(w) pairs_w$(w))
 .DELETE_ON_ERROR:
 .SECONDARY:
 
-demo: $(RUN)/samples/pairs_w1/samples.npy $(RUN)/metrics.json
+demo: $(RUN)/samples/recon_w1/samples.npy $(RUN)/samples/pairs_w1/samples.npy $(RUN)/metrics.json
 	@cat $(RUN)/metrics.txt
 	@echo "pictures: $(RUN)/samples/pairs_w1/sheet.png (condition | reconstruction model | pair model)"
 	@echo "          $(RUN)/metrics.png (precision and recall over guidance)"

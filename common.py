@@ -57,7 +57,7 @@ PRESETS = {
 
 
 def logsnr_schedule(t, size, noise_size):
-    """Shifted cosine log-SNR at time t in [0, 1], shape of t ([SD] eq. 4 and section 3.1; ends from [VDM]).
+    """Shifted cosine log-SNR at time t in [0, 1], shape of t ([SD] "adjusting noise schedules"; log-SNR as in [VDM]).
 
     logsnr(t) = -2 log tan(a + t (b - a)) + 2 log(noise_size / size), a and b such that the unshifted ends are +-15.
     """
@@ -66,7 +66,7 @@ def logsnr_schedule(t, size, noise_size):
 
 
 def sampling_schedule(config):
-    """logsnr(u ** time_power) for the sampler: with few steps, time_power > 1 puts more of them at low noise. 1 is uniform, as in [SD]."""
+    """logsnr(u ** time_power) for the sampler: 1 is uniform ([SD]); above 1, more of the few steps fall on low noise."""
     return lambda u: logsnr_schedule(u ** config["time_power"], config["network"]["size"], config["noise_size"])
 
 
@@ -109,7 +109,7 @@ def guide(model, guidance, **condition):
 
 @torch.no_grad()
 def ddpm_sample(denoise, z, noise, steps, logsnr_of_t, interpolation=0.2, clip=True):
-    """DDPM ancestral sampling from z at t = 1 to x_hat at t = 0 ([VDM] appendix A.4, variance as in [SD] section 3.5).
+    """DDPM ancestral sampling from z at t = 1 to x_hat at t = 0 ([VDM] appendix A; variance interpolated as in [SD]).
 
     denoise(z [B, C, H, W], logsnr [B]) -> v; noise() -> fresh unit noise like z; interpolation: weight of the larger
     posterior variance in log space (0: sigma_s^2 (1-r), 1: sigma_t^2 (1-r)). Returns x_hat of the last step, in [-1, 1].
@@ -142,7 +142,7 @@ def randn(generators, shape):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# U-ViT of [SD] section 3.3 (not the flat U-ViT of Bao et al., nor diffusers' UVit2DModel): convolutional stages with skips,
+# U-ViT of [SD] (not the flat U-ViT of Bao et al., nor diffusers' UVit2DModel): convolutional stages with skips,
 # a plain transformer at the lowest resolution.
 
 
@@ -208,7 +208,7 @@ class Attention(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention to the condition's tokens ([S] section 3: "after every self-attention"), MLP."""
+    """Self-attention, cross-attention to the condition's tokens ([S]: after every self-attention), MLP."""
 
     def __init__(self, dim, emb_dim, context_dim):
         super().__init__()
@@ -531,7 +531,7 @@ def learning_rate(step, args):
 def train(args, data, pairs):
     """Train a U-ViT on pairs [P, 2] of (condition, target) indices; writes args.out, a .jsonl log and a preview sheet beside it.
 
-    Adam with betas (0.9, 0.99) and eps 1e-12, and an average of the weights ([SD] appendix A). Until it is done the state lies
+    Adam with betas (0.9, 0.99) and eps 1e-12, and an average of the weights ([SD], appendix). Until it is done the state lies
     in OUT.partial, and the same command resumes from it, bit for bit. SIGTERM saves and exits with code 143.
     """
     device, rank, world = start(args.device)
