@@ -170,9 +170,12 @@ def read_samples(folder, data):
     """A sample folder: features [n k, d], conditions [n], what samples.json says. Exits with one line if it is not of `data`."""
     if encoder(folder) != encoder(data.folder):
         common.die(f"{folder} was embedded by {encoder(folder)}, {data.folder} by {encoder(data.folder)}; run 01 alike on both")
-    conditions = np.array(common.read_array(folder / "conditions.npy", np.int64, 1, made_by="05_sample.py"))
+    conditions = np.zeros(0, np.int64)                                 # samples of 07 have none
+    if (folder / "conditions.npy").exists():
+        conditions = np.array(common.read_array(folder / "conditions.npy", np.int64, 1, made_by="05_sample.py"))
     features = common.read_array(folder / "cls.npy", np.float32, 2)
-    if features.shape[1] != data.cls.shape[1] or len(features) % len(conditions) or conditions.max() >= len(data.cls):
+    ragged = len(features) % max(1, len(conditions))
+    if features.shape[1] != data.cls.shape[1] or ragged or conditions.max(initial=0) >= len(data.cls):
         common.die(f"{folder}: {features.shape} features do not fit {len(conditions)} conditions of {data.folder}; run 01 again")
     if len(features) <= NEIGHBOURS or not np.isfinite(features).all():
         common.die(f"{folder}/cls.npy has fewer than {NEIGHBOURS + 1} rows, or values that are not finite; run 05 and 01 again")
@@ -192,8 +195,9 @@ def main():
         common.die(f"no folder in {args.data}/samples has a cls.npy; run 05_sample.py, then 01_embed.py --cls-only")
     samples = [(folder, *read_samples(folder, data)) for folder in folders]
 
-    held_out = [data.conditions()] if (data.split == 1).any() else []
-    conditions = np.unique(np.concatenate([own for _, _, own, _ in samples] + held_out))
+    conditions = np.unique(np.concatenate([own for _, _, own, _ in samples]))
+    if len(conditions) and (data.split == 1).any():                    # with none at all, every held-out image is a reference
+        conditions = np.union1d(conditions, data.conditions())
     sets, train = references(data, conditions)
     real = {name: statistics(data.cls[indices]) for name, indices in sets.items() if len(indices) > NEIGHBOURS}
     if not real:
@@ -206,7 +210,7 @@ def main():
                          **compare(real["unseen"], statistics(data.cls[np.sort(train)]))))
     for folder, features, own, made in common.progress(samples, unit="set"):
         fake = statistics(features)
-        copy = copy_score(data.cls, fake["x"], own)
+        copy = copy_score(data.cls, fake["x"], own) if len(own) else None
         rows += [dict(made, reference=reference, encoder=name, folder=str(folder), copy=copy, **compare(real[reference], fake))
                  for reference in real]
     rows.sort(key=lambda row: (list(real).index(row["reference"]), "folder" in row, row["model"], row["guidance"] or 0))
@@ -216,7 +220,9 @@ def main():
     picture(out / "metrics.png", rows)
     columns = dict(reference="", model="", guidance="g", seed="", n="", m="", fid=".2f", kid=".4f",
                    precision=".3f", recall=".3f", copy=".3f")
-    cells = [["-" if row[key] is None else format(row[key], spec) for key, spec in columns.items()] for row in rows]
+    of_07 = dict(ms_image=".1f", prior_share=".0%")                    # rows of 07 say what an image costs
+    columns |= {key: spec for key, spec in of_07.items() if any(key in row for row in rows)}
+    cells = [["-" if row.get(key) is None else format(row[key], spec) for key, spec in columns.items()] for row in rows]
     widths = [max(map(len, column)) for column in zip(columns, *cells)]
     table = ["  ".join(f"{cell:<{w}}" if i < 2 else f"{cell:>{w}}" for i, (cell, w) in enumerate(zip(line, widths)))
              for line in (columns, *cells)]

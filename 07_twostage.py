@@ -24,7 +24,6 @@ import argparse
 import copy
 import json
 import os
-import signal
 import time
 from functools import partial
 from pathlib import Path
@@ -137,7 +136,7 @@ def train_prior(args, data, label, labels, device):
         if not np.isfinite(loss):
             common.die(f"the prior's loss is {loss} before step {step + 1}; lower --prior-lr, or look for nan in cls.npy")
         unseen = loss_of(ema, np.random.default_rng(0), held_out, 0).item() if len(held_out) else np.nan
-        bar.write(f"prior, step {step + 1}: loss {loss:.3f}, of held-out embeddings {unseen:.3f} (far above: it overfits)")
+        bar.write(f"prior, step {step + 1}: loss {loss:.3f}, on held-out embeddings {unseen:.3f}: it overfits where this rises")
         with common.writing(unfinished) as f:
             torch.save(dict(model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(), step=step + 1,
                             config=config), f)
@@ -152,7 +151,6 @@ def image_model(args, data, name, condition, device):
     args.out, args.cond = args.out / f"{name}.pt", "film" if condition.shape[1] else "none"
     data.cls = condition if condition.shape[1] else data.cls
     common.train(args, data, np.stack([train, train], axis=1))           # as in 03: an image and its own condition
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)                        # train() had taken it
     checkpoint = common.read_checkpoint(args.out)
     model = common.UViT(**checkpoint["config"]["network"]).to(device).eval()
     model.load_state_dict(checkpoint["ema"])
@@ -204,10 +202,10 @@ def sample_row(args, name, image, given, steps, prior=None, label=None):
 
 
 def fewer_steps(two, baseline):
-    """Image steps, at least 1, with which 2SDM takes 95% of the baseline's time; both as sample_row() returns them."""
+    """Image steps with which 2SDM takes 95% of the baseline's time, 1 if none do; both arguments as sample_row() returns them."""
     a_step = two["ms_image"] * (1 - two["prior_share"]) / two["sample_steps"]
     left = 0.95 * baseline["ms_image"] - two["ms_image"] * two["prior_share"]
-    return int(np.clip(left / a_step, 1, two["sample_steps"]))
+    return int(np.clip(left / a_step, 1, max(1, two["sample_steps"] - 1)))
 
 
 def draw_conditions(split, n, seed):
@@ -218,7 +216,7 @@ def draw_conditions(split, n, seed):
 
 def clusters(cls, split, k):
     """[N, D]: the centroid of each image's cluster, of k that k-means finds among the training images."""
-    centroids = kmeans2(cls[split == 0], k, iter=20, minit="points", rng=0)[0]
+    centroids = kmeans2(cls[split == 0], min(k, np.count_nonzero(split == 0)), iter=20, minit="points", rng=0)[0]
     return centroids[vq(cls, centroids)[0]]
 
 
@@ -249,20 +247,20 @@ def figures(args, data):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     train, held_out = np.flatnonzero(data.split == 0), np.flatnonzero(data.split == 1)
-    sets = {"train": (data.images[train], data.cls[train]), "held out": (data.images[held_out], data.cls[held_out])}
+    sets = {"held out": (data.images[held_out], data.cls[held_out])} if len(held_out) else {}
     for name in ("unconditional", "2sdm", "oracle"):
         samples = common.read_array(args.out / name / "samples.npy", made_by="07_twostage.py")[:, 0]
         sets[name] = samples, common.read_array(args.out / name / "cls.npy", rows=len(samples))
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     sheet = [[image] for image in sets["2sdm"][0][:16]]
-    for space, (axes, what) in enumerate(zip(panels, ("pixels", "embedding"))):
-        real, *others = (torch.from_numpy(np.array(s[space], np.float32).reshape(len(s[space]), -1)) for s in sets.values())
-        found = [[torch.cdist(part, real).topk(6, largest=False) for part in x.split(500)] for x in others]
-        nearest = [torch.cat([f.values[:, 0] for f in parts]).numpy() for parts in found]
-        axes.hist(nearest, 50, density=True, histtype="step", label=[*sets][1:])
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for axes, what, real, *others in zip(panels, ("pixels", "embedding"), (data.images[train], data.cls[train]), *sets.values()):
+        real, *others = (torch.from_numpy(np.array(a, np.float32)).flatten(1) for a in (real, *others))          # [n, d] each
+        found = {name: [torch.cdist(part, real).topk(6, largest=False) for part in x.split(500)] for name, x in zip(sets, others)}
+        axes.hist([torch.cat([f.values[:, 0] for f in parts]).numpy() for parts in found.values()], 50, density=True,
+                  histtype="step", label=list(found))
         axes.set(xlabel=f"distance to the nearest training image, {what}", yticks=[])
         axes.legend(frameon=False)
-        for line, indices in zip(sheet, found[1 + [*sets][2:].index("2sdm")][0].indices):
+        for line, indices in zip(sheet, found["2sdm"][0].indices):
             line += [None, *data.images[train[indices]]]
     common.contact_sheet(args.out / "neighbours.png", sheet)
     with common.writing(args.out / "distances.png") as f:

@@ -368,7 +368,7 @@ class Data:
             setattr(self, name, read_array(self.folder / f"{name}.npy", dtype, ndim, len(self.images)))
 
     def conditions(self):
-        """Indices of the conditioning images (few-shot protocol): the first held-out image of each page, or all if none is held out."""
+        """Indices of the conditioning images: the first held-out image of each page, or all images if none is held out."""
         held_out = np.flatnonzero(self.split == 1)
         first = np.unique(self.pages[held_out], return_index=True)[1]
         return held_out[first] if len(held_out) else np.arange(len(self.split))
@@ -501,7 +501,7 @@ def training_parser(doc):
     p.add_argument("--workers", type=int, default=0, help="processes that load batches ahead")
     p.add_argument("--log-every", type=int, default=50, help="steps")
     p.add_argument("--save-every", type=int, default=500, help="steps; checkpoint and preview sheet")
-    p.add_argument("--sample-steps", type=int, help="steps of the sampler, for the preview")
+    p.add_argument("--sample-steps", type=int, help="steps of the sampler")
     return p
 
 
@@ -538,7 +538,7 @@ def train(args, data, pairs):
     if args.batch % (world * args.accumulate):
         die(f"--batch {args.batch} does not divide into {world} processes x {args.accumulate} backward passes")
     if data.images.shape[1] != args.size:
-        die(f"{data.folder} holds {data.images.shape[1]} px images, preset {args.preset} wants {args.size}; choose another --preset")
+        die(f"{data.folder} has images of {data.images.shape[1]} px, preset {args.preset} wants {args.size}; choose another")
     if len(pairs) == 0:
         die(f"{data.folder} has no pairs to train on; loosen the thresholds of 02_filter_pairs.py")
     network = dict(size=args.size, patch=args.patch, channels=list(args.channels), blocks=list(args.blocks), cond=args.cond,
@@ -577,10 +577,11 @@ def train(args, data, pairs):
     net = torch.compile(model) if args.compile else model
     if world > 1:
         net = DistributedDataParallel(net)
-    loader = torch.utils.data.DataLoader(Batches(args, data, pairs, rank, world), batch_size=None, sampler=range(first, args.steps),
-                                         num_workers=args.workers, pin_memory=device.type == "cuda")
+    batches = Batches(args, data, pairs, rank, world)
+    loader = torch.utils.data.DataLoader(batches, batch_size=None, sampler=range(first, args.steps), num_workers=args.workers,
+                                         pin_memory=device.type == "cuda")
     stop, losses, bins, clock = [], [], torch.zeros(2, 5, device=device), time.perf_counter()
-    signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
+    before = signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
     bar = progress(loader, rank, initial=first, total=args.steps, unit="step")
     for step, batch in enumerate(bar, first):
         batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
@@ -616,9 +617,9 @@ def train(args, data, pairs):
         if world > 1:
             dist.all_reduce(bins)
         speed = len(values) // args.accumulate * args.batch / (time.perf_counter() - clock)
-        row = dict(step=done, loss=(bins[0].sum() / bins[1].sum()).item(), by_noise_level=(bins[0] / bins[1].clamp(min=1)).tolist(),
-                   lr=learning_rate(step, args), images_per_s=speed)
-        bar.set_postfix_str("loss {:.4f}, by noise level {}".format(row["loss"], " ".join(f"{v:.3f}" for v in row["by_noise_level"])))
+        mean, by_noise_level = (bins[0].sum() / bins[1].sum()).item(), (bins[0] / bins[1].clamp(min=1)).tolist()
+        row = dict(step=done, loss=mean, by_noise_level=by_noise_level, lr=learning_rate(step, args), images_per_s=speed)
+        bar.set_postfix_str(f"loss {mean:.4f}, by noise level {' '.join(f'{v:.3f}' for v in by_noise_level)}")
         if rank == 0:
             with open(log, "a") as f:
                 f.write(json.dumps(row) + "\n")
@@ -633,6 +634,7 @@ def train(args, data, pairs):
             sys.exit(143)
         losses, clock = [], time.perf_counter()
         bins.zero_()
+    signal.signal(signal.SIGTERM, before)
     if rank == 0:
         os.replace(partial, args.out)
         print(f"wrote {args.out}, {log} and {args.out.with_suffix('.png')}")

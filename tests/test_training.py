@@ -1,4 +1,4 @@
-"""The training loop: batches are functions of (seed, step), resume equals the uninterrupted run bit for bit, bad states stop it."""
+"""The training loop: batches are functions of (seed, step), resume equals the uninterrupted run bit for bit, nan stops it."""
 import json
 import os
 import signal
@@ -134,8 +134,8 @@ def test_other_settings_do_not_continue_a_checkpoint(train_args, capsys):
 
 def test_sigterm_and_kill_then_the_same_command_finishes(tiny_data):
     """03 and 04 through their command lines: SIGTERM saves and exits 143, kill -9 loses at most --save-every steps."""
-    command = [sys.executable, ROOT / "04_train_pairs.py", "--data", tiny_data, "--device", "cpu", "--batch", "2", "--steps", "15",
-               "--save-every", "5", "--sample-steps", "1"]
+    command = [sys.executable, ROOT / "04_train_pairs.py", "--data", tiny_data, "--device", "cpu", "--batch", "2",
+               "--steps", "15", "--save-every", "5", "--sample-steps", "1"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     whole = tiny_data / "whole.pt"
     uninterrupted = subprocess.Popen([*command, "--out", whole], cwd=ROOT, env=env)

@@ -1,0 +1,68 @@
+"""05_sample.py: shapes, files, seeds, guidance, and what does not fit together."""
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import common
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+sampler = importlib.import_module("05_sample")
+
+
+@pytest.fixture
+def folder(tiny_data, train_args):
+    """tiny_data with a pairs.pt of three steps; its learning rate is high so that the condition matters already."""
+    args = train_args("--steps", "3", "--lr", "0.02", "--out", str(tiny_data / "pairs.pt"))
+    args.warmup = 1
+    common.train(args, common.Data(tiny_data), common.read_array(tiny_data / "pairs.npy"))
+    return tiny_data
+
+
+def sample(monkeypatch, folder, out, *flags):
+    words = ["--data", folder, "--out", folder / out, "--device", "cpu", "--variations", "3", "--sample-steps", "3", *flags]
+    monkeypatch.setattr(sys, "argv", ["05_sample.py", *map(str, words)])
+    sampler.main()
+    return np.load(folder / out / "samples.npy", allow_pickle=False)
+
+
+def test_command_line_writes_samples_conditions_and_a_sheet(folder):
+    subprocess.run([sys.executable, ROOT / "05_sample.py", "--data", folder, "--device", "cpu", "--variations", "2",
+                    "--sample-steps", "2", "--guidance", "0.5"], check=True, cwd=ROOT)
+    out = folder / "samples" / "pairs_w0.5"
+    samples = np.load(out / "samples.npy", allow_pickle=False)
+    assert samples.shape == (4, 2, 16, 16, 3) and samples.dtype == np.uint8 and samples.std() > 0
+    assert np.load(out / "conditions.npy", allow_pickle=False).tolist() == [4, 9, 14, 19]     # the held-out image of each page
+    about = json.loads((out / "samples.json").read_text())
+    assert (about["model"], about["guidance"], about["step"], about["seed"]) == ("pairs", 0.5, 3, 0)
+    assert Image.open(out / "sheet.png").size[0] > 100 and not list(out.glob("*.tmp"))
+
+
+def test_an_image_depends_on_seed_and_place_alone(folder, monkeypatch):
+    whole = sample(monkeypatch, folder, "whole").astype(int)
+    small = sample(monkeypatch, folder, "small", "--batch-images", "5").astype(int)
+    assert abs(whole - small).max() <= 1                               # another batch size: other rounding, the same image
+    assert np.array_equal(whole, sample(monkeypatch, folder, "again"))
+    other = sample(monkeypatch, folder, "other", "--seed", "1").astype(int)
+    assert all((whole[i, j] != other[i, j]).any() for i in range(4) for j in range(3))
+    assert all((whole[i, 0] != whole[i, 1]).any() for i in range(4))
+
+
+def test_guidance_changes_the_samples_and_beside_widens_the_sheet(folder, monkeypatch):
+    plain = sample(monkeypatch, folder, "w0", "--guidance", "0")
+    guided = sample(monkeypatch, folder, "w3", "--guidance", "3", "--beside", folder / "w0")
+    assert not np.array_equal(plain, guided)
+    assert Image.open(folder / "w3" / "sheet.png").size[0] > Image.open(folder / "w0" / "sheet.png").size[0]
+
+
+def test_embeddings_of_another_encoder_are_refused(folder, monkeypatch, capsys):
+    meta = json.loads((folder / "data.json").read_text())
+    meta["encoder"]["px"] = 32
+    (folder / "data.json").write_text(json.dumps(meta))
+    with pytest.raises(SystemExit) as stop:
+        sample(monkeypatch, folder, "out")
+    assert stop.value.code == 2 and "encoder" in capsys.readouterr().err and not (folder / "out").exists()
