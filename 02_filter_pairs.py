@@ -168,7 +168,8 @@ def main():
             precision, recall = dropped[planted] / max(1, dropped.sum()), dropped[planted] / everywhere
             print(f"planted {name} pairs: dropped with precision {precision:.2f} and recall {recall:.2f}; "
                   f"{everywhere / total:.1%} of all pairs, {outcomes[planted, 1] / kept:.1%} of the kept")
-    print(f"wrote {data.folder}/pairs.npy, sims.npy and filter.png; next: python 03_train_recon.py and python 04_train_pairs.py")
+    print(f"wrote {data.folder}/pairs.npy, sims.npy and filter.png; next: python 03_train_recon.py --data {data.folder} "
+          f"and python 04_train_pairs.py --data {data.folder}")
 
 
 if __name__ == "__main__":

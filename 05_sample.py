@@ -11,7 +11,6 @@ depends on (seed, i, j) alone, not on the batch size or the number of processes.
     torchrun --nproc-per-node=8 05_sample.py --checkpoint runs/emoji64/pairs.pt --batch-images 256
 """
 import json
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -38,23 +37,23 @@ def main():
     config = checkpoint["config"]
     if config["encoder"] != data.meta["encoder"]:
         common.die(f"{args.checkpoint} was trained with the encoder {config['encoder']}, but {args.data} was embedded with "
-                   f"{data.meta['encoder']}; run 01_embed.py --preset {config['preset']}")
+                   f"{data.meta['encoder']}; run 01_embed.py --data and the folder it was trained on")
     model = common.UViT(**config["network"]).to(device).eval()
     model.load_state_dict(checkpoint["ema"])
 
     conditions, k, size = data.conditions(), args.variations, config["network"]["size"]
     jobs = np.stack(np.divmod(np.arange(len(conditions) * k), k), axis=1)               # [n k, 2]: condition i, variation j
     batches = range(0, len(jobs), args.batch_images)
+    if rank == 0:
+        for stale in ("cls.npy", "data.json"):                                          # of the samples that were here before
+            (args.out / stale).unlink(missing_ok=True)
     with common.writing_array(args.out / "samples.npy", (len(conditions), k, size, size, 3), np.uint8, rank) as samples:
         for first in common.progress(batches[rank::world], rank, unit="batch"):         # each rank takes whole batches
             batch = jobs[first:first + args.batch_images]
             condition = data.embeddings(conditions[batch[:, 0]], model.cond, device)
             streams = [common.generator(device, args.seed, i, j) for i, j in batch.tolist()]
-            noise = partial(common.randn, streams, (3, size, size))
-            with common.autocast(device, args.amp):
-                x = common.ddpm_sample(common.guide(model, args.guidance, **condition), noise(), noise, args.sample_steps,
-                                       common.sampling_schedule(config))
-            samples[batch[:, 0], batch[:, 1]] = common.to_uint8(x)
+            samples[batch[:, 0], batch[:, 1]] = common.sample(model, config, condition, args.guidance, streams, args.sample_steps,
+                                                              args.amp)
     if rank > 0:
         return
     with common.writing(args.out / "conditions.npy") as f:

@@ -151,7 +151,7 @@ def picture(path, rows):
                 curves.setdefault((row["model"], row["seed"]), []).append(row)
         for (model, seed), curve in curves.items():
             recall, precision = [row["recall"] for row in curve], [row["precision"] for row in curve]
-            axes.plot(recall, precision, "*k" if seed is None else "o-", label=f"{model}, seed {seed}" if seed else model)
+            axes.plot(recall, precision, "*k" if seed is None else "o-", label=model if seed is None else f"{model}, seed {seed}")
             for row in curve:
                 label = "" if row["guidance"] is None else f"{row['guidance']:g}"
                 axes.annotate(label, (row["recall"], row["precision"]), xytext=(4, 4), textcoords="offset points")

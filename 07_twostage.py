@@ -128,7 +128,7 @@ def train_prior(args, data, label, labels, device):
             group["lr"] = common.learning_rate(step, args)
         optimizer.step()
         optimizer.zero_grad()
-        torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - min(args.ema, (1 + step) / (10 + step)))
+        common.update_ema(ema, model, step, args.ema)
         losses.append(loss.detach())
         if (step + 1) % args.save_every and step + 1 < args.steps:
             continue

@@ -2,9 +2,9 @@
 #   make demo                    the digits, on a CPU           make demo PRESET=emoji16    OpenMoji, on a CPU
 #   make demo PRESET=emoji64     OpenMoji, on a GPU             make test                   the tests
 PRESET   ?= digits16
-GUIDANCE ?= 0 1 2
 SEED     ?= 0
-RUN      ?= runs/$(PRESET)
+GUIDANCE ?= 1 0 2
+RUN      ?= runs/$(PRESET)$(if $(filter-out 0,$(SEED)),_seed$(SEED))
 VENV     ?= .venv
 PYTHON   ?= python3
 PY       := $(VENV)/bin/python
@@ -21,9 +21,9 @@ SETS     := $(foreach w,$(GUIDANCE),recon_w$(w) pairs_w$(w))
 .DELETE_ON_ERROR:
 .SECONDARY:
 
-demo: $(RUN)/samples/recon_w1/samples.npy $(RUN)/samples/pairs_w1/samples.npy $(RUN)/metrics.json
+demo: $(foreach s,$(SETS),$(RUN)/samples/$(s)/samples.npy) $(RUN)/metrics.json
 	@cat $(RUN)/metrics.txt
-	@echo "pictures: $(RUN)/samples/pairs_w1/sheet.png (condition | reconstruction model | pair model)"
+	@echo "pictures: $(foreach w,$(GUIDANCE),$(RUN)/samples/pairs_w$(w)/sheet.png) (condition | reconstruction | pairs)"
 	@echo "          $(RUN)/metrics.png (precision and recall over guidance)"
 
 $(VENV)/installed: requirements.txt
@@ -37,10 +37,13 @@ $(RUN)/data.json: | $(VENV)/installed
 $(RUN)/pairs.npy: $(RUN)/data.json
 	$(PY) 02_filter_pairs.py --data $(RUN)
 
+# what was trained on an older input is deleted; what was interrupted is resumed
 $(RUN)/recon.pt: $(RUN)/data.json
+	@find $@ $@.partial ! -newer $< -delete 2>/dev/null || true
 	$(SHARE) 03_train_recon.py --data $(RUN) --seed $(SEED)
 
 $(RUN)/pairs.pt: $(RUN)/pairs.npy
+	@find $@ $@.partial ! -newer $< -delete 2>/dev/null || true
 	$(SHARE) 04_train_pairs.py --data $(RUN) --seed $(SEED)
 
 # for each guidance weight w = $(1): samples of both models, and a sheet of the pair model's beside the other's
@@ -57,7 +60,7 @@ $(RUN)/samples/%/cls.npy: $(RUN)/samples/%/samples.npy
 	$(SHARE) 01_embed.py --data $(RUN) --images $< --out $(@D) --cls-only
 
 $(RUN)/metrics.json: $(foreach s,$(SETS),$(RUN)/samples/$(s)/cls.npy)
-	$(PY) 06_fewshot_metrics.py --data $(RUN)
+	$(PY) 06_fewshot_metrics.py --data $(RUN) --samples $(^D)
 
 # 2SDM: every image model, sampler and picture of 07, then 01 and 06 on each row of the table
 $(RUN)/twostage/interpolation.png: $(RUN)/data.json

@@ -22,6 +22,7 @@ import shutil
 import signal
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -95,12 +96,12 @@ def guide(model, guidance, **condition):
     """A denoiser (z, logsnr) -> v under classifier-free guidance: (1 + w) v(cond) - w v(null) ([CFG] eq. 6, w as in [S]).
 
     w = 0 is the plain conditional model and w = -1 the unconditional one. Both branches run as one batch of 2B.
-    v is linear in x_hat and in eps_hat at a given z, so guiding any of the three is the same.
+    At a given z, v is affine in x_hat and in eps_hat, and the weights sum to 1: guiding any of the three is the same.
     """
     def denoise(z, logsnr):
         if guidance == 0:
             return model(z, logsnr, **condition)
-        twice = {k: torch.cat([c, c]) for k, c in condition.items() if c is not None}
+        twice = {k: torch.cat([c, c]) for k, c in condition.items()}
         drop = torch.arange(2 * len(z), device=z.device) >= len(z)
         v_cond, v_null = model(torch.cat([z, z]), torch.cat([logsnr, logsnr]), drop=drop, **twice).chunk(2)
         return (1 + guidance) * v_cond - guidance * v_null
@@ -109,7 +110,7 @@ def guide(model, guidance, **condition):
 
 @torch.no_grad()
 def ddpm_sample(denoise, z, noise, steps, logsnr_of_t, interpolation=0.2, clip=True):
-    """DDPM ancestral sampling from z at t = 1 to x_hat at t = 0 ([VDM] appendix A; variance interpolated as in [SD]).
+    """DDPM ancestral sampling from z at t = 1 to x_hat at t = 0 ([VDM] appendix A; variance interpolated in log space, [SD]).
 
     denoise(z [B, C, H, W], logsnr [B]) -> v; noise() -> fresh unit noise like z; interpolation: weight of the larger
     posterior variance in log space (0: sigma_s^2 (1-r), 1: sigma_t^2 (1-r)). Returns x_hat of the last step, in [-1, 1].
@@ -131,7 +132,7 @@ def ddpm_sample(denoise, z, noise, steps, logsnr_of_t, interpolation=0.2, clip=T
 
 
 def generator(device, *key):
-    """An independent random stream for a key such as (seed, step, image): the only source of noise in this project."""
+    """The random stream of a key such as (seed, step, image): noise depends on what it is for, not on when it is drawn."""
     seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
     return torch.Generator(device).manual_seed(seed)
 
@@ -193,13 +194,12 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention of x [B, N, D] over context [B, T, K] (x itself for self-attention)."""
+    """Multi-head attention of x [B, N, D] over context [B, T, D] (x itself for self-attention), heads of 64."""
 
-    def __init__(self, dim, context_dim, head_dim=64):
+    def __init__(self, dim):
         super().__init__()
-        self.heads = max(1, dim // head_dim)
-        self.q, self.kv = nn.Linear(dim, dim), nn.Linear(context_dim, 2 * dim)
-        self.out = nn.Linear(dim, dim)
+        self.heads = max(1, dim // 64)
+        self.q, self.kv, self.out = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
 
     def forward(self, x, context):
         k, v = self.kv(context).chunk(2, -1)                          # [B, T, D] each
@@ -210,21 +210,20 @@ class Attention(nn.Module):
 class TransformerBlock(nn.Module):
     """Self-attention, cross-attention to the condition's tokens ([S]: after every self-attention), MLP."""
 
-    def __init__(self, dim, emb_dim, context_dim):
+    def __init__(self, dim, emb_dim, cross):
         super().__init__()
-        self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(3))
-        self.attention = Attention(dim, dim)
-        self.cross = Attention(dim, context_dim) if context_dim else None
-        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+        self.norm1, self.attention = nn.LayerNorm(dim), Attention(dim)
+        self.norm2, self.cross = (nn.LayerNorm(dim), Attention(dim)) if cross else (None, None)
+        self.norm3, self.mlp = nn.LayerNorm(dim), nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
         self.film = nn.Linear(emb_dim, 4 * dim)
 
     def forward(self, x, emb, context):
         scale1, shift1, scale2, shift2 = self.film(emb)[:, None].chunk(4, -1)   # [B, 1, D] each
-        h = self.norms[0](x) * (1 + scale1) + shift1
+        h = self.norm1(x) * (1 + scale1) + shift1
         x = x + self.attention(h, h)
         if self.cross is not None:
-            x = x + self.cross(self.norms[1](x), context)
-        return x + self.mlp(self.norms[2](x) * (1 + scale2) + shift2)  # [B, N, D]
+            x = x + self.cross(self.norm2(x), context)
+        return x + self.mlp(self.norm3(x) * (1 + scale2) + shift2)     # [B, N, D]
 
 
 class UViT(nn.Module):
@@ -243,10 +242,8 @@ class UViT(nn.Module):
         if cond in ("film", "both"):
             self.cls_norm, self.cls_in = Standardise(cls_dim), nn.Linear(cls_dim, emb_dim)
             self.cls_null = nn.Parameter(torch.zeros(emb_dim))
-        context_dim = 0
         if cond in ("tokens", "both"):
             count, token_dim = token_shape
-            context_dim = dim
             self.token_norm, self.token_in = Standardise(token_dim), nn.Linear(token_dim, dim)
             self.token_pos = nn.Parameter(torch.randn(count, dim) * 0.02)
             self.token_null = nn.Parameter(torch.randn(dim) * 0.02)
@@ -259,7 +256,7 @@ class UViT(nn.Module):
             self.up.append(nn.ModuleList(ResBlock(c, emb_dim) for _ in range(n)))
         grid = size // patch // 2 ** len(conv_dims)
         self.pos = nn.Parameter(torch.randn(grid * grid, dim) * 0.02)
-        self.trunk = nn.ModuleList(TransformerBlock(dim, emb_dim, context_dim) for _ in range(blocks[-1]))
+        self.trunk = nn.ModuleList(TransformerBlock(dim, emb_dim, cond in ("tokens", "both")) for _ in range(blocks[-1]))
         self.norm_out = group_norm(channels[0])
         self.conv_out = zero(nn.Conv2d(channels[0], 3 * patch * patch, 3, padding=1))
 
@@ -428,7 +425,7 @@ def start(device):
     """Pick the device and join torchrun's process group if there is one. Returns (device, rank, world)."""
     with contextlib.suppress(AttributeError, OSError, TypeError):      # glibc: keep freed memory instead of faulting it in again,
         for option in (-1, -3):                                        # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD: a tenth of a CPU step
-            ctypes.CDLL(None).mallopt(option, 1 << 30)
+            ctypes.CDLL(None).mallopt(option, 1 << 25)
     rank, world, local = (int(os.environ.get(k, v)) for k, v in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     device = device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     if device == "cuda":
@@ -441,20 +438,14 @@ def start(device):
 
 
 def autocast(device, amp):
-    """bfloat16 for matrix products and convolutions; torch keeps norms and softmax in float32."""
+    """bfloat16 for matrix products and convolutions; weights, optimiser, sampler and loss stay in float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=amp == "bf16")
-
-
-def barrier():
-    """Wait until all processes are here."""
-    if dist.is_initialized():
-        dist.barrier()
 
 
 @contextlib.contextmanager
 def writing_array(path, shape, dtype, rank):
     """`with writing_array(...) as a`: one .npy that all ranks fill, each its own rows; it becomes PATH when all are done."""
-    temporary = Path(f"{path}.tmp")
+    temporary, wait = Path(f"{path}.tmp"), dist.barrier if dist.is_initialized() else lambda: None
     try:
         if rank == 0:
             temporary.parent.mkdir(parents=True, exist_ok=True)
@@ -462,11 +453,11 @@ def writing_array(path, shape, dtype, rank):
             if needed > free:                                          # a memory map of a full disk dies without a word
                 die(f"cannot write {path}: it needs {needed:,} bytes, {free:,} are free")
             np.lib.format.open_memmap(temporary, "w+", dtype, shape)
-        barrier()
+        wait()
         array = np.lib.format.open_memmap(temporary, "r+")
         yield array
         array.flush()
-        barrier()
+        wait()
         if rank == 0:
             os.replace(temporary, path)
     except OSError as e:
@@ -496,7 +487,7 @@ def training_parser(doc):
     p.add_argument("--accumulate", type=int, default=1, help="backward passes a step")
     p.add_argument("--lr", type=float, help="peak learning rate")
     p.add_argument("--ema", type=float, help="decay of the averaged weights (warmed up)")
-    p.add_argument("--amp", choices=["none", "bf16"], help="bf16: autocast; norms and loss stay in float32")
+    p.add_argument("--amp", choices=["none", "bf16"], help="bf16: autocast; weights, optimiser and loss stay in float32")
     p.add_argument("--compile", action="store_true", help="torch.compile the network")
     p.add_argument("--workers", type=int, default=0, help="processes that load batches ahead")
     p.add_argument("--log-every", type=int, default=50, help="steps")
@@ -528,6 +519,12 @@ def learning_rate(step, args):
     return args.lr * min(1, (step + 1) / args.warmup) * decay
 
 
+@torch.no_grad()
+def update_ema(ema, model, step, decay):
+    """ema <- d ema + (1 - d) model, with d warmed up from 0.1 to `decay`."""
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - min(decay, (1 + step) / (10 + step)))
+
+
 def train(args, data, pairs):
     """Train a U-ViT on pairs [P, 2] of (condition, target) indices; writes args.out, a .jsonl log and a preview sheet beside it.
 
@@ -544,11 +541,13 @@ def train(args, data, pairs):
     network = dict(size=args.size, patch=args.patch, channels=list(args.channels), blocks=list(args.blocks), cond=args.cond,
                    cls_dim=data.cls.shape[1], token_shape=list(data.tokens.shape[1:]))
     recipe = ("preset", "loss", "noise_size", "cond_drop", "batch", "steps", "lr", "warmup", "decay", "ema", "seed", "time_power")
-    config = dict(network=network, encoder=data.meta["encoder"], pairs=len(pairs), **{key: getattr(args, key) for key in recipe})
+    config = dict(network=network, encoder=data.meta["encoder"], pairs=zlib.crc32(np.ascontiguousarray(pairs)))
+    config |= {key: getattr(args, key) for key in recipe}
 
     torch.manual_seed(args.seed)
     model = UViT(**network)
-    rows = np.flatnonzero(data.split == 0)[::max(1, len(data.split) // 5000)]       # about 5,000 images tell mean and std
+    rows = np.flatnonzero(data.split == 0)
+    rows = rows[::1 + len(rows) // 5000]                               # up to 5,000 images tell mean and standard deviation
     if args.cond in ("film", "both"):
         model.cls_norm.fit(data.cls[rows])
     if args.cond in ("tokens", "both"):
@@ -572,8 +571,10 @@ def train(args, data, pairs):
     if rank == 0:
         with writing(log) as f:                                        # keep the lines up to the step we resume from
             lines = log.read_text().splitlines(keepends=True) if first and log.exists() else []
-            f.write("".join(line for line in lines if json.loads(line)["step"] <= first).encode())
+            f.write("".join(line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= first).encode())
 
+    if args.compile:
+        torch._dynamo.config.suppress_errors = True                    # says what it cannot compile, and runs that as it is
     net = torch.compile(model) if args.compile else model
     if world > 1:
         net = DistributedDataParallel(net)
@@ -584,11 +585,12 @@ def train(args, data, pairs):
     before = signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
     bar = progress(loader, rank, initial=first, total=args.steps, unit="step")
     for step, batch in enumerate(bar, first):
+        index = batch.pop("index").tolist()
         batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
         for part in range(args.accumulate):
             b = {key: value[part::args.accumulate] for key, value in batch.items()}
             x, t = b.pop("x").permute(0, 3, 1, 2) / 127.5 - 1, b.pop("t")                # [b, 3, S, S] in [-1, 1]
-            eps = randn([generator(device, args.seed, step, i) for i in b.pop("index").tolist()], x.shape[1:])
+            eps = randn([generator(device, args.seed, step, i) for i in index[part::args.accumulate]], x.shape[1:])
             logsnr = logsnr_schedule(t, args.size, args.noise_size)
             alpha, sigma = alpha_sigma(logsnr)
             waits = world > 1 and part < args.accumulate - 1                             # sum over ranks once a step, at the end
@@ -597,16 +599,22 @@ def train(args, data, pairs):
                     v_pred = net(alpha * x + sigma * eps, logsnr, **b)
                 loss = diffusion_loss(v_pred, x, eps, logsnr, args.loss)                 # [b]
                 (loss.mean() / args.accumulate).backward()
-            bins.index_add_(1, (t * 5).long(), torch.stack([loss.detach(), torch.ones_like(loss)]))
+            bins.index_add_(1, (t * 5).long().clamp(max=4), torch.stack([loss.detach(), torch.ones_like(loss)]))
             losses.append(loss.detach().mean())
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
         optimizer.step()
         optimizer.zero_grad()
-        decay = min(args.ema, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+        update_ema(ema, model, step, args.ema)
 
-        done, saving = step + 1, (step + 1) % args.save_every == 0 or step + 1 == args.steps or bool(stop)
+        done, stopping = step + 1, bool(stop)
+        if world > 1:                                                  # ranks hear of it at different steps: agree on one
+            asked = torch.tensor(float(stopping), device=device)
+            if done % 10 == 0:
+                dist.all_reduce(asked)
+            stopping = done % 10 == 0 and asked.item() > 0
+        stopping = stopping and done < args.steps
+        saving = done % args.save_every == 0 or done == args.steps or stopping
         if done % args.log_every and not saving:
             continue
         values = torch.stack(losses)                                   # read back here only: no wait for the device in a step
@@ -619,7 +627,8 @@ def train(args, data, pairs):
         speed = len(values) // args.accumulate * args.batch / (time.perf_counter() - clock)
         mean, by_noise_level = (bins[0].sum() / bins[1].sum()).item(), (bins[0] / bins[1].clamp(min=1)).tolist()
         row = dict(step=done, loss=mean, by_noise_level=by_noise_level, lr=learning_rate(step, args), images_per_s=speed)
-        bar.set_postfix_str(f"loss {mean:.4f}, by noise level {' '.join(f'{v:.3f}' for v in by_noise_level)}")
+        levels = " ".join(f"{value:.3f}" for value in by_noise_level)
+        bar.set_postfix_str(f"{speed:.0f} images/s, loss {mean:.4f}, by noise level {levels}")
         if rank == 0:
             with open(log, "a") as f:
                 f.write(json.dumps(row) + "\n")
@@ -627,28 +636,38 @@ def train(args, data, pairs):
             with writing(partial) as f:
                 torch.save(dict(model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
                                 step=done, config=config), f)
-            if not stop:
+            if not stopping:
                 preview(args, config, data, ema, device)
-        if stop and done < args.steps:
-            print(f"SIGTERM: {partial} holds step {done}; repeat the command to go on", file=sys.stderr)
+        if stopping:
+            if rank == 0:
+                print(f"SIGTERM: {partial} holds step {done}; repeat the command to go on", file=sys.stderr)
             sys.exit(143)
         losses, clock = [], time.perf_counter()
         bins.zero_()
     signal.signal(signal.SIGTERM, before)
     if rank == 0:
         os.replace(partial, args.out)
-        print(f"wrote {args.out}, {log} and {args.out.with_suffix('.png')}")
+        print(f"wrote {args.out}, {log} and {args.out.with_suffix('.png')}; next: python 05_sample.py --data {args.data} "
+              f"--checkpoint {args.out}")
+
+
+def sample(model, config, condition, guidance, streams, steps, amp):
+    """uint8 images [B, S, S, 3] for embeddings `condition` of B rows, image i from the noise of streams[i]."""
+    shape, device = (3, config["network"]["size"], config["network"]["size"]), streams[0].device
+    condition = {name: c.float() for name, c in condition.items()}
+    with autocast(device, amp):
+        x = ddpm_sample(guide(model, guidance, **condition), randn(streams, shape), lambda: randn(streams, shape), steps,
+                        sampling_schedule(config))
+    return to_uint8(x)
 
 
 def preview(args, config, data, model, device):
     """Eight samples (w = 1) for each of up to eight conditions, with the same noise every time: OUT with .png."""
-    chosen, k, shape = data.conditions()[:8], 8, (3, args.size, args.size)
+    chosen, k = data.conditions()[:8], 8
     condition = {name: c.repeat_interleave(k, 0) for name, c in data.embeddings(chosen, args.cond, device).items()}
     streams = [generator(device, args.seed, i, j) for i in range(len(chosen)) for j in range(k)]
-    with autocast(device, args.amp):
-        x = ddpm_sample(guide(model, 0 if args.cond == "none" else 1, **condition), randn(streams, shape),
-                        lambda: randn(streams, shape), args.sample_steps, sampling_schedule(config))
-    images = to_uint8(x).reshape(len(chosen), k, args.size, args.size, 3)
+    images = sample(model, config, condition, 0 if args.cond == "none" else 1, streams, args.sample_steps, args.amp)
+    images = images.reshape(len(chosen), k, *images.shape[1:])
     contact_sheet(args.out.with_suffix(".png"), [[data.images[c], None, *row] for c, row in zip(chosen, images)])
 
 

@@ -35,20 +35,32 @@ def test_eps_loss_is_alpha_squared_times_v_loss():
     assert common.diffusion_loss(alpha * eps - sigma * x, x, eps, logsnr, "eps").max() < 1e-20   # the true v has no loss
 
 
+def test_time_power_bends_the_time_and_keeps_its_ends():
+    config = dict(network=dict(size=64), noise_size=32)
+    u = torch.linspace(0, 1, 5, dtype=torch.float64)
+    plain, bent = (common.sampling_schedule(dict(config, time_power=p))(u) for p in (1, 1.5))
+    assert torch.equal(plain, common.logsnr_schedule(u, 64, 32)) and torch.equal(plain[[0, -1]], bent[[0, -1]])
+    assert (bent[1:-1] > plain[1:-1]).all()                            # less noise at the same step
+
+
 def schedule(t):
     return common.logsnr_schedule(t.double(), 32, 32)
 
 
 def test_sampler_with_an_oracle_recovers_the_image():
+    """With x_hat = x and the exact posterior variance every z on the way is alpha x + sigma eps, and the last x_hat is x."""
     torch.manual_seed(0)
-    x = torch.rand(2, 3, 8, 8, dtype=torch.float64) * 2 - 1
+    x = torch.rand(2, 3, 64, 64, dtype=torch.float64) * 2 - 1
 
     def oracle(z, logsnr):                                             # x_hat = alpha z - sigma v = x
         alpha, sigma = common.alpha_sigma(logsnr)
+        eps = (z - alpha * x) / sigma
+        assert abs(eps.mean()) < 0.03 and abs(eps.std() - 1) < 0.03
         return (alpha * z - x) / sigma
 
     z = torch.randn_like(x)
-    torch.testing.assert_close(common.ddpm_sample(oracle, z, lambda: torch.randn_like(z), 10, schedule), x)
+    recovered = common.ddpm_sample(oracle, z, lambda: torch.randn_like(z), 10, schedule, interpolation=0)
+    torch.testing.assert_close(recovered, x)
 
 
 def test_sampler_on_a_gaussian():

@@ -61,6 +61,17 @@ def test_reconstruction_and_pairs_read_the_right_images(train_args):
             assert data.split[condition].max() == 0 and data.split[target].max() == 0
 
 
+def test_one_in_float32_is_still_a_noise_level(train_args):
+    """t < 1 in float64 can round to 1 in float32, beyond the last of the five bins of the log."""
+    args = train_args("--steps", "1", "--batch", "8")
+    true_item = common.Batches.__getitem__
+    try:
+        common.Batches.__getitem__ = lambda self, step: true_item(self, step) | dict(t=torch.ones(8))
+        assert run(args)["step"] == 1
+    finally:
+        common.Batches.__getitem__ = true_item
+
+
 def test_learning_rate_warms_up_and_decays(train_args):
     args = train_args("--steps", "1000", "--lr", "0.5")
     assert common.learning_rate(0, args) == pytest.approx(0.5 / args.warmup, rel=1e-3)
@@ -153,7 +164,32 @@ def test_sigterm_and_kill_then_the_same_command_finishes(tiny_data):
     assert_same(common.read_checkpoint(tiny_data / "pairs.pt"), common.read_checkpoint(whole))
     subprocess.run([sys.executable, ROOT / "03_train_recon.py", "--data", tiny_data, "--steps", "1", "--batch", "2",
                     "--sample-steps", "1"], cwd=ROOT, check=True)
-    assert common.read_checkpoint(tiny_data / "recon.pt")["config"]["pairs"] == 16      # each training image with itself
+    assert common.read_checkpoint(tiny_data / "recon.pt")["step"] == 1
+
+
+@pytest.mark.parametrize("cond", ["both", "film"])
+def test_two_processes_train_as_one(tiny_data, cond):
+    """torchrun with two gloo processes: the same global batches, gradients averaged, so the same weights but for rounding."""
+    command = [ROOT / "03_train_recon.py", "--data", tiny_data, "--device", "cpu", "--batch", "4", "--steps", "3", "--lr", "1e-4",
+               "--cond", cond, "--sample-steps", "1"]
+    one, two = tiny_data / "one.pt", tiny_data / "two.pt"
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, *command, "--out", one], check=True, cwd=ROOT, env=env)
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517", *command,
+                    "--accumulate", "2", "--out", two], check=True, cwd=ROOT, env=env)
+    one, two = common.read_checkpoint(one), common.read_checkpoint(two)
+    for name in one["model"]:
+        torch.testing.assert_close(one["model"][name], two["model"][name], atol=1e-5, rtol=1e-4)
+
+
+def test_bf16_trains_and_the_average_has_no_graph(train_args, monkeypatch):
+    kept = []
+    true_update = common.update_ema
+    monkeypatch.setattr(common, "update_ema", lambda ema, *rest: (kept.append(ema), true_update(ema, *rest)))
+    args = train_args("--steps", "2", "--amp", "bf16")
+    state = run(args)
+    assert all(p.grad_fn is None and not p.requires_grad for p in kept[0].parameters())
+    assert all(p.dtype == torch.float32 and p.isfinite().all() for p in state["model"].values())
 
 
 @pytest.mark.parametrize("bad", ["missing", "truncated", "pickled", "shape", "checkpoint"])
