@@ -191,7 +191,7 @@ ENCODERS = {"efficientnet_lite0": efficientnet_lite0}
 
 
 def main():
-    p = common.parser(__doc__, seed=False)
+    p = common.parser(__doc__, data="take preset, encoder and sizes from this folder of an earlier run", seed=False)
     p.add_argument("--images", type=Path, help="folder, image or .npy (default: the preset's own source)")
     p.add_argument("--out", type=Path, help="folder to write")
     p.add_argument("--fit", choices=["crop", "pad"], help="images that are not square: centre-crop (default), or whole on white")

@@ -397,11 +397,11 @@ def contact_sheet(path, rows):
 # Command line, devices, processes. `torchrun --nproc-per-node=N script.py ...` and `python script.py ...` do the same.
 
 
-def parser(doc, device=True, seed=True):
+def parser(doc, data="folder that 01_embed.py wrote (default runs/PRESET)", device=True, seed=True):
     """An ArgumentParser with the flags that the scripts share; finish with parse()."""
     p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--preset", choices=PRESETS, help="size, network and recipe (default: what DATA was made with, else digits16)")
-    p.add_argument("--data", type=Path, help="folder that 01_embed.py wrote (default runs/PRESET)")
+    p.add_argument("--data", type=Path, help=data)
     if device:
         p.add_argument("--device", help="cpu, cuda or mps (default: the best there is)")
     if seed:

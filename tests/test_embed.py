@@ -100,7 +100,7 @@ def test_every_kind_of_image_through_one_process_and_two(tmp_path):
     one = subprocess.run([sys.executable, *command, tmp_path / "one"], env=env, capture_output=True, text=True)
     assert one.returncode == 0, one.stderr
     data = read(tmp_path / "one")
-    assert {name: getattr(data[name], "dtype").str for name in ARRAYS if name != "names"} == dict(
+    assert {name: data[name].dtype.str for name in ARRAYS if name != "names"} == dict(
         images="|u1", pages="<i4", split="|u1", cls="<f4", tokens="<f2")
     assert data["images"].shape == (len(want), 16, 16, 3) and data["cls"].shape == (len(want), 1280)
     assert list(data["names"]) == sorted(want)                         # the unreadable, the hidden and the text are not there

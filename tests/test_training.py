@@ -52,8 +52,8 @@ def test_reconstruction_and_pairs_read_the_right_images(train_args):
     """With (i, i) pairs condition and target are one image; with page pairs they are two images of one page, never held out."""
     args = train_args("--batch", "64", "--cond", "film")
     data, pairs = common.Data(args.data), common.read_array(args.data / "pairs.npy")
-    for pairs, same in ((np.stack([np.arange(20)] * 2, 1), True), (pairs, False)):
-        batch = common.Batches(args, data, pairs, 0, 1)[0]
+    for chosen, same in ((np.stack([np.arange(20)] * 2, 1), True), (pairs, False)):
+        batch = common.Batches(args, data, chosen, 0, 1)[0]
         condition = [int((data.cls == c.numpy()).all(1).nonzero()[0][0]) for c in batch["cls"]]
         target = [int((data.images == x.numpy()).all((1, 2, 3)).nonzero()[0][0]) for x in batch["x"]]
         assert all((c == t) == same and data.pages[c] == data.pages[t] for c, t in zip(condition, target))

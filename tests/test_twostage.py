@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import zlib
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -186,7 +187,8 @@ def test_command_line(tiny_data, monkeypatch):
         if row == "oracle":
             source = (y[:, None] == data.cls).all(2)                                     # [9, N]
             assert source[:, data.split == 0].sum() == 9 and source[:, data.split == 1].sum() == 0
-    assert common.read_checkpoint(out / "film.pt")["config"]["pairs"] == (data.split == 0).sum()
+    own = np.repeat(np.flatnonzero(data.split == 0), 2)                # (i, i) for every training image, and no other
+    assert common.read_checkpoint(out / "film.pt")["config"]["pairs"] == zlib.crc32(own)
     assert {path.name for path in out.glob("*.pt")} == {"none.pt", "film.pt", "kmeans3.pt", "prior.pt"}
     assert not list(out.rglob("*.tmp")) and not list(out.glob("*.partial"))
 
@@ -198,7 +200,8 @@ def test_command_line(tiny_data, monkeypatch):
 
     for row in ROWS:                                                                     # as 01 --cls-only writes them
         np.save(out / row / "cls.npy", np.random.default_rng(1).normal(size=(9, 6)).astype(np.float32))
-    for data.split in (data.split, np.zeros_like(data.split)):                           # also a folder that holds nothing out
+    for split in (data.split, np.zeros_like(data.split)):                                # also a folder that holds nothing out
+        data.split = split
         twostage.figures(SimpleNamespace(out=out), data)
         assert all((out / name).stat().st_size > 1000 for name in ("neighbours.png", "distances.png"))
         (out / "neighbours.png").unlink()
