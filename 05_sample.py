@@ -66,7 +66,7 @@ def main():
     sets = [samples]
     if args.beside:
         sets.insert(0, common.read_array(args.beside / "samples.npy", np.uint8, 5, len(conditions), "05_sample.py"))
-    shown = range(0, len(conditions), -(-len(conditions) // 16))                        # up to 16 conditions, from all over
+    shown = np.linspace(0, len(conditions) - 1, min(len(conditions), 16)).astype(int)   # up to 16, from all over
     rows = [[data.images[conditions[i]]] + [image for s in sets for image in (None, *s[i, :8])] for i in shown]
     common.contact_sheet(args.out / "sheet.png", rows)
     print(f"wrote {args.out}/samples.npy and sheet.png; next: python 01_embed.py --data {args.data} "

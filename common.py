@@ -664,7 +664,7 @@ def sample(model, config, condition, guidance, streams, steps, amp):
 def preview(args, config, data, model, device):
     """Eight samples (w = 1) for each of up to eight conditions, with the same noise every time: OUT with .png."""
     chosen, k = data.conditions(), 8
-    chosen = chosen[::-(-len(chosen) // 8)]                            # up to eight, from all over
+    chosen = chosen[np.linspace(0, len(chosen) - 1, min(len(chosen), 8)).astype(int)]            # from all over
     condition = {name: c.repeat_interleave(k, 0) for name, c in data.embeddings(chosen, args.cond, device).items()}
     streams = [generator(device, args.seed, i, j) for i in range(len(chosen)) for j in range(k)]
     images = sample(model, config, condition, 0 if args.cond == "none" else 1, streams, args.sample_steps, args.amp)
