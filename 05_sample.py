@@ -11,6 +11,7 @@ depends on (seed, i, j) alone, not on the batch size or the number of processes.
     torchrun --nproc-per-node=8 05_sample.py --checkpoint runs/emoji64/pairs.pt --batch-images 256
 """
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -52,8 +53,9 @@ def main():
             batch = jobs[first:first + args.batch_images]
             condition = data.embeddings(conditions[batch[:, 0]], model.cond, device)
             streams = [common.generator(device, args.seed, i, j) for i, j in batch.tolist()]
-            samples[batch[:, 0], batch[:, 1]] = common.sample(model, config, condition, args.guidance, streams, args.sample_steps,
-                                                              args.amp)
+            noise = partial(common.randn, streams, (3, size, size))
+            images = common.sample(model, config, condition, args.guidance, noise, args.sample_steps, args.amp)
+            samples[batch[:, 0], batch[:, 1]] = images
     if rank > 0:
         return
     with common.writing(args.out / "conditions.npy") as f:

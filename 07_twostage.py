@@ -157,13 +157,6 @@ def image_model(args, data, name, condition, device):
     return model, checkpoint["config"] | dict(name=name)
 
 
-def sample_x(image, noise, y, steps, amp):
-    """uint8 images [B, S, S, 3] given y [B, C] by DDPM; image: of image_model(); noise() -> [B, 3, S, S]."""
-    model, config = image
-    with common.autocast(y.device, amp):
-        return common.to_uint8(common.ddpm_sample(partial(model, cls=y), noise(), noise, steps, common.sampling_schedule(config)))
-
-
 @torch.inference_mode()
 def sample_row(args, name, image, given, steps, prior=None, label=None):
     """Fill the folder of a row with n images; returns its samples.json, with ms_image, their cost, and the prior's share of it.
@@ -190,7 +183,7 @@ def sample_row(args, name, image, given, steps, prior=None, label=None):
                 y = torch.cat([sampled, y], 1)
             ys.append(y.cpu().numpy())                                   # waits for the device, so that the clock is right
             middle = time.perf_counter()
-            samples[rows, 0] = sample_x(image, partial(noise[1], (3, size, size)), y, steps, args.amp)
+            samples[rows, 0] = common.sample(*image, dict(cls=y), 0, partial(noise[1], (3, size, size)), steps, args.amp)
             seconds.append(np.diff([start, middle, time.perf_counter()]) / len(rows))
     with common.writing(folder / "y.npy") as f:
         np.save(f, np.concatenate(ys))
@@ -237,7 +230,7 @@ def interpolate(args, path, prior, image, given, label, side=8):
     y = sample_y(prior, between(2, len(prior.norm.mean), 1, 1), label.expand(side), args.sample_steps)   # [side, D]
     y = torch.cat([y, torch.from_numpy(given).to(y.device).expand(side, -1)], 1).repeat_interleave(side, 0)
     across = between(3, 3, args.size, args.size)
-    x = sample_x(image, lambda: across().repeat(side, 1, 1, 1), y, args.sample_steps, args.amp)
+    x = common.sample(*image, dict(cls=y), 0, lambda: across().repeat(side, 1, 1, 1), args.sample_steps, args.amp)
     common.contact_sheet(path, list(x.reshape(side, side, *x.shape[1:])))
 
 

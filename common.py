@@ -23,6 +23,7 @@ import signal
 import sys
 import time
 import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -555,8 +556,8 @@ def train(args, data, pairs):
     model.to(device)
     ema = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, betas=(0.9, 0.99), eps=1e-12, fused=device.type != "mps")
-    partial, log, first = Path(f"{args.out}.partial"), args.out.with_suffix(".jsonl"), 0
-    for found in filter(Path.exists, (args.out, partial)):
+    unfinished, log, first = Path(f"{args.out}.partial"), args.out.with_suffix(".jsonl"), 0
+    for found in filter(Path.exists, (args.out, unfinished)):
         state = read_checkpoint(found)
         other = [key for key in config if config[key] != state["config"].get(key)]
         if other:
@@ -633,32 +634,29 @@ def train(args, data, pairs):
             with open(log, "a") as f:
                 f.write(json.dumps(row) + "\n")
         if saving and rank == 0:
-            with writing(partial) as f:
+            with writing(unfinished) as f:
                 torch.save(dict(model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
                                 step=done, config=config), f)
             if not stopping:
                 preview(args, config, data, ema, device)
         if stopping:
             if rank == 0:
-                print(f"SIGTERM: {partial} holds step {done}; repeat the command to go on", file=sys.stderr)
+                print(f"SIGTERM: {unfinished} holds step {done}; repeat the command to go on", file=sys.stderr)
             sys.exit(143)
         losses, clock = [], time.perf_counter()
         bins.zero_()
     signal.signal(signal.SIGTERM, before)
     if rank == 0:
-        os.replace(partial, args.out)
+        os.replace(unfinished, args.out)
         print(f"wrote {args.out}, {log} and {args.out.with_suffix('.png')}; next: python 05_sample.py --data {args.data} "
               f"--checkpoint {args.out}")
 
 
-def sample(model, config, condition, guidance, streams, steps, amp):
-    """uint8 images [B, S, S, 3] for embeddings `condition` of B rows, image i from the noise of streams[i]."""
-    shape, device = (3, config["network"]["size"], config["network"]["size"]), streams[0].device
-    condition = {name: c.float() for name, c in condition.items()}
-    with autocast(device, amp):
-        x = ddpm_sample(guide(model, guidance, **condition), randn(streams, shape), lambda: randn(streams, shape), steps,
-                        sampling_schedule(config))
-    return to_uint8(x)
+def sample(model, config, condition, guidance, noise, steps, amp):
+    """uint8 images [B, S, S, 3] for embeddings `condition` of B rows; noise() -> fresh unit noise [B, 3, S, S] each time."""
+    z, condition = noise(), {name: c.float() for name, c in condition.items()}
+    with autocast(z.device, amp):
+        return to_uint8(ddpm_sample(guide(model, guidance, **condition), z, noise, steps, sampling_schedule(config)))
 
 
 def preview(args, config, data, model, device):
@@ -667,7 +665,8 @@ def preview(args, config, data, model, device):
     chosen = chosen[np.linspace(0, len(chosen) - 1, min(len(chosen), 8)).astype(int)]            # from all over
     condition = {name: c.repeat_interleave(k, 0) for name, c in data.embeddings(chosen, args.cond, device).items()}
     streams = [generator(device, args.seed, i, j) for i in range(len(chosen)) for j in range(k)]
-    images = sample(model, config, condition, 0 if args.cond == "none" else 1, streams, args.sample_steps, args.amp)
+    noise = partial(randn, streams, (3, args.size, args.size))
+    images = sample(model, config, condition, 0 if args.cond == "none" else 1, noise, args.sample_steps, args.amp)
     images = images.reshape(len(chosen), k, *images.shape[1:])
     contact_sheet(args.out.with_suffix(".png"), [[data.images[c], None, *row] for c, row in zip(chosen, images)])
 
