@@ -40,7 +40,10 @@ def main():
         common.die(f"{args.checkpoint} was trained with the encoder {config['encoder']}, but {args.data} was embedded with "
                    f"{data.meta['encoder']}; run 01_embed.py --data and the folder it was trained on")
     model = common.UViT(**config["network"]).to(device).eval()
-    model.load_state_dict(checkpoint["ema"])
+    try:
+        model.load_state_dict(checkpoint["ema"])
+    except RuntimeError:
+        common.die(f"{args.checkpoint} was written by another version of the network; train it again")
 
     conditions, k, size = data.conditions(), args.variations, config["network"]["size"]
     jobs = np.stack(np.divmod(np.arange(len(conditions) * k), k), axis=1)               # [n k, 2]: condition i, variation j
