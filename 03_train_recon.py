@@ -15,10 +15,11 @@ The command can be repeated at any time: it resumes, or says that it is done.
 import numpy as np
 
 import common
+import training
 
-args = common.parse(common.training_parser(__doc__))
+args = common.parse(training.training_parser(__doc__))
 args.out = args.out or args.data / "recon.pt"
 data = common.Data(args.data)
 train = np.flatnonzero(data.split == 0)
 pairs = np.stack([train, train], axis=1)                                 # [N, 2]: the condition is the target
-common.train(args, data, pairs)
+training.train_images(args, data, pairs)

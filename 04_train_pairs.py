@@ -13,9 +13,10 @@ The command can be repeated at any time: it resumes, or says that it is done.
     torchrun --nproc-per-node=8 04_train_pairs.py --data runs/mine --preset semantica64 --accumulate 4 --workers 8
 """
 import common
+import training
 
-args = common.parse(common.training_parser(__doc__))
+args = common.parse(training.training_parser(__doc__))
 args.out = args.out or args.data / "pairs.pt"
 data = common.Data(args.data)
 pairs = common.read_array(args.data / "pairs.npy", "int64", 2, made_by="02_filter_pairs.py")   # [P, 2]: two images of one page
-common.train(args, data, pairs)
+training.train_images(args, data, pairs)

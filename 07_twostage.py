@@ -1,39 +1,42 @@
 """07: 2SDM, two-stage diffusion models. First sample what to draw, an embedding y; then draw it, an image x given y.
 
-Reads   DATA of 01: images.npy, cls.npy, split.npy, pages.npy; cls_aug.npy [A, N, D] float32 if it is there: embeddings of A
-        augmented views of each image, for the prior
-Writes  into --out: none.pt, film.pt, kmeansK.pt (image models), prior.pt, interpolation.png, and a folder a row of the table:
+Reads   DATA of 01: images.npy, cls.npy, split.npy, pages.npy; cls_aug.npy [A, N, D] float32 if it is there (01 --augment A):
+        embeddings of A augmented views of each image, for the prior
+Writes  into --out: {none,film,kmeansK}_STEPS.pt (image models), prior.pt, interpolation.png, and a folder a row of the table:
         samples.npy [n, 1, S, S, 3] uint8   y.npy [n, C] float32, what they were given   samples.json, how, and how long it took
-        `figures`, after 01 --cls-only on every row: neighbours.png, distances.png
+        `sweep`: rows sweep/NAME_STEPS of image models that are told more or less of y, at two budgets
+        `figures`, after 01 --cls-only on every row and 06 on all: neighbours.png, distances.png, and sweep.png if any
 
     p(x) = E_y p(x | y),  y ~ p(y)      prior:  min over phi    E | y_phi(alpha y + sigma eps, logsnr) - y |^2    (x-prediction)
                                         image:  min over theta  E | v_theta(alpha x + sigma eps, logsnr, y) - v |^2   (as in 03)
 
 Rows: unconditional      the baseline, no y                    kmeans   y is the centroid of one of K clusters, drawn by its size
       2sdm               y from the prior                      oracle   y of training images: what a perfect prior would give
-      2sdm_fewer_steps   as 2sdm, in less time than the baseline
+      2sdm_fewer_steps   as 2sdm, with less arithmetic in all than the baseline
 One network and one recipe for all; only y differs, and image i has the same noise in every row. With --label page both stages
 are also given the page a of the image: p(y | a) p(x | y, a). Repeat the command to resume; what is finished is not made again.
 
     python 07_twostage.py                       # digits at 16 px on a CPU; `make twostage` also runs 01 and 06 on every row
-    python 07_twostage.py figures
-    torchrun --nproc-per-node=8 03_train_recon.py --data runs/emoji64 --cond film --out runs/emoji64/twostage/film.pt
-    python 07_twostage.py --data runs/emoji64 --prior-width 512 --prior-steps 10000         # one GPU; finds that film.pt
+    python 07_twostage.py sweep                 # `make sweep` also scores and plots it
+    torchrun --nproc-per-node=8 07_twostage.py --data runs/emoji64 --prior-width 512 --prior-steps 10000
 """
 import argparse
 import copy
 import json
-import os
 import time
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
 from scipy.cluster.vq import kmeans2, vq
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import common
+import training
+
+SWEEP = ("pca1", "pca4", "pca16", "pca64", "film", "kmeans4", "kmeans16", "kmeans64", "kmeans256", "none")
+prior_schedule = partial(common.logsnr_schedule, size=1, noise_size=1)   # the plain cosine
 
 
 class Prior(nn.Module):
@@ -73,132 +76,118 @@ def sample_y(prior, noise, label, steps):
     def denoise(z, logsnr):                                              # x_hat = alpha z - sigma v, solved for v
         alpha, sigma = common.alpha_sigma(logsnr)
         return (alpha * z - prior(z, logsnr, label, torch.zeros_like(label))) / sigma
-    schedule = partial(common.logsnr_schedule, size=1, noise_size=1)
-    return prior.to_y(common.ddpm_sample(denoise, noise(), noise, steps, schedule, clip=False))
+    return prior.to_y(common.ddpm_sample(denoise, noise(), noise, steps, prior_schedule, clip=False))
 
 
-def train_prior(args, data, label, labels, device):
-    """The prior of the training images' cls, with averaged weights; label [N] int64 is ignored if there are no `labels`.
+class PriorBatches(torch.utils.data.Dataset):
+    """Item `step` is this rank's share of a batch of embeddings y, each of a random view: like training.PairBatches."""
 
-    Made by common.train()'s rules: a step is a function of (seed, step), prior.pt.partial is resumed, prior.pt is taken as it is.
-    """
-    args, path = copy.copy(args), args.out / "prior.pt"
-    args.steps, args.lr, unfinished = args.prior_steps, args.prior_lr, Path(f"{path}.partial")
+    def __init__(self, args, views, label, chosen, rank=0, world=1):
+        self.args, self.views, self.label, self.chosen, self.mine = args, views, label, chosen, slice(rank, None, world)
+
+    def __getitem__(self, step):
+        rng, n, augmented = np.random.default_rng([self.args.seed, step]), self.args.batch, len(self.views) - 1
+        rows = self.chosen[rng.integers(len(self.chosen), size=n)]
+        view = np.maximum(rng.integers(-augmented, augmented + 1, n), 0)                 # about half of them plain
+        t = ((rng.random() + np.arange(n)) / n).astype(np.float32)                       # stratified
+        eps = rng.standard_normal((n, self.views[0].shape[1]), np.float32)
+        y = np.stack([self.views[v][row] for v, row in zip(view, rows)])
+        batch = dict(y=y, eps=eps, t=t, label=self.label[rows], view=view)
+        return {key: torch.from_numpy(value[self.mine]) for key, value in batch.items()}
+
+
+def train_prior(args, data, label, labels):
+    """The prior of the training images' cls, with averaged weights; label [N] int64 is ignored if there are no `labels`."""
+    device, rank, world = common.start(args.device)
+    args = argparse.Namespace(**vars(args) | dict(out=args.out / "prior.pt", steps=args.prior_steps, batch=args.prior_batch,
+                                                  lr=args.prior_lr, weight_decay=args.prior_weight_decay))
     views, augmented = [data.cls], data.folder / "cls_aug.npy"
     if augmented.exists():
         views += list(common.read_array(augmented, np.float32, 3))
     network = dict(dim=data.cls.shape[1], width=args.prior_width, labels=labels, views=len(views))
-    recipe = ("steps", "lr", "prior_batch", "weight_decay", "warmup", "decay", "ema", "seed")
+    recipe = ("steps", "lr", "batch", "weight_decay", "warmup", "decay", "ema", "seed")
     config = dict(network=network, encoder=data.meta["encoder"], **{key: getattr(args, key) for key in recipe})
-    train, held_out = np.flatnonzero(data.split == 0), np.flatnonzero(data.split == 1)[:1000]
+    train, held_out = np.flatnonzero(data.split == 0), np.flatnonzero(data.split == 1)
     torch.manual_seed(args.seed)
-    model, first = Prior(**network), 0
+    model = Prior(**network)
     model.norm.fit(data.cls[train])
-    model.to(device)
-    ema = copy.deepcopy(model).requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.99), weight_decay=args.weight_decay)
-    for found in filter(Path.exists, (path, unfinished)):
-        state = common.read_checkpoint(found)
-        if state["config"] != config:
-            common.die(f"{found} was trained with other settings; give another --out or delete it")
-        ema.load_state_dict(state["ema"])
-        if found == path:
-            return ema
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        first = state["step"]
 
-    def loss_of(net, rng, rows, augmentations):
-        """Squared error of x_hat in units of the training set's variance, images `rows` at stratified noise levels: a scalar."""
-        n = len(rows)
-        view = np.maximum(rng.integers(-augmentations, augmentations + 1, n), 0)         # about half of them plain
-        y = torch.from_numpy(np.stack([views[v][i] for v, i in zip(view, rows)])).to(device)             # [n, D]
-        t = torch.from_numpy((rng.random() + np.arange(n)) / n).float().to(device)
-        eps = torch.from_numpy(rng.standard_normal((*y.shape, 1, 1), np.float32)).to(device)
-        x, logsnr = net.norm(y)[..., None, None], common.logsnr_schedule(t, 1, 1)
+    def loss_of(net, y, eps, t, label, view):
+        """Squared error of x_hat, in units of the training set's variance: [b]."""
+        x, logsnr = model.norm(y)[..., None, None], prior_schedule(t)
         alpha, sigma = common.alpha_sigma(logsnr)
-        return (net(alpha * x + sigma * eps, logsnr, label[rows], torch.from_numpy(view).to(device)) - x).square().mean()
+        return (net(alpha * x + sigma * eps[..., None, None], logsnr, label, view) - x).square().mean((1, 2, 3))
 
-    losses = []
-    for step in (bar := common.progress(range(first, args.steps), initial=first, total=args.steps, unit="step", desc="prior")):
-        rng = np.random.default_rng([args.seed, step])
-        loss = loss_of(model, rng, train[rng.integers(len(train), size=args.prior_batch)], len(views) - 1)
-        loss.backward()
-        for group in optimizer.param_groups:
-            group["lr"] = common.learning_rate(step, args)
-        optimizer.step()
-        optimizer.zero_grad()
-        common.update_ema(ema, model, step, args.ema)
-        losses.append(loss.detach())
-        if (step + 1) % args.save_every and step + 1 < args.steps:
-            continue
-        loss = torch.stack(losses).mean().item()
-        if not np.isfinite(loss):
-            common.die(f"the prior's loss is {loss} before step {step + 1}; lower --prior-lr, or look for nan in cls.npy")
-        unseen = loss_of(ema, np.random.default_rng(0), held_out, 0).item() if len(held_out) else np.nan
-        bar.write(f"prior, step {step + 1}: loss {loss:.3f}, on held-out embeddings {unseen:.3f}: it overfits where this rises")
-        with common.writing(unfinished) as f:
-            torch.save(dict(model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(), step=step + 1,
-                            config=config), f)
-        losses = []
-    os.replace(unfinished, path)
-    return ema
+    @torch.no_grad()
+    def show(ema, device, rank):
+        for name, chosen in (("training", train), ("held-out", held_out)) if len(held_out) else ():
+            batch = PriorBatches(args, views[:1], label, chosen)[0]                      # the same noise each time
+            loss = loss_of(ema, **{key: value.to(device) for key, value in batch.items()}).mean().item()
+            if rank == 0:
+                print(f"prior, averaged weights: loss {loss:.3f} on {name} embeddings")
+
+    training.train(args, config, model, PriorBatches(args, views, label, train, rank, world), loss_of, show)
+    model.load_state_dict(common.read_checkpoint(args.out)["ema"])
+    return model.to(device).eval()
 
 
-def image_model(args, data, name, condition, device):
+def image_model(args, data, name, condition, steps):
     """The U-ViT and its config that draws image i given row i of condition [N, C]; C = 0 is nothing. Trained if missing."""
-    args, data, train = copy.copy(args), copy.copy(data), np.flatnonzero(data.split == 0)
-    args.out, args.cond = args.out / f"{name}.pt", "film" if condition.shape[1] else "none"
-    data.cls = condition if condition.shape[1] else data.cls
-    common.train(args, data, np.stack([train, train], axis=1))           # as in 03: an image and its own condition
+    train, data, known = np.flatnonzero(data.split == 0), copy.copy(data), condition.shape[1] > 0
+    args = argparse.Namespace(**vars(args) | dict(out=args.out / f"{name}_{steps}.pt", steps=steps,
+                                                  cond="film" if known else "none"))
+    data.cls = condition if known else data.cls
+    training.train_images(args, data, np.stack([train, train], axis=1))  # as in 03: an image and its own condition
     checkpoint = common.read_checkpoint(args.out)
-    model = common.UViT(**checkpoint["config"]["network"]).to(device).eval()
+    model = common.UViT(**checkpoint["config"]["network"]).to(common.start(args.device)[0]).eval()
     model.load_state_dict(checkpoint["ema"])
     return model, checkpoint["config"] | dict(name=name)
 
 
-@torch.inference_mode()
-def sample_row(args, name, image, given, steps, prior=None, label=None):
-    """Fill the folder of a row with n images; returns its samples.json, with ms_image, their cost, and the prior's share of it.
-
-    given [n, C]: the condition of each, or what goes behind the y that the prior draws for label [n].
-    """
-    n, size, folder, device = len(given), args.size, args.out / name, next(image[0].parameters()).device
-    about = dict(model=name, seed=args.seed, n=n, sample_steps=steps, image_model=image[1]["name"], trained=image[1]["steps"],
-                 parameters=sum(w.numel() for net in (image[0], prior) if net is not None for w in net.parameters()))
-    if (folder / "samples.json").exists():
-        old = common.read_json(folder / "samples.json")
-        if any(old.get(key) != about[key] for key in about):
-            common.die(f"{folder} was sampled with other settings; give another --out or delete it")
-        return old
-    ys, seconds = [], []                                                 # seconds of prior and image model, an image, each batch
-    with common.writing_array(folder / "samples.npy", (n, 1, size, size, 3), np.uint8, 0) as samples:
-        for first in common.progress(range(0, n, args.batch_images), desc=name, unit="batch"):
-            rows = range(first, min(n, first + args.batch_images))
-            noise = [partial(common.randn, [common.generator(device, args.seed, i, stage, 7) for i in rows])
-                     for stage in range(2)]                              # 7: streams that no other script draws from
-            start, y = time.perf_counter(), torch.from_numpy(given[rows]).to(device)
-            if prior is not None:
-                sampled = sample_y(prior, partial(noise[0], (len(prior.norm.mean), 1, 1)), label[rows], args.sample_steps)
-                y = torch.cat([sampled, y], 1)
-            ys.append(y.cpu().numpy())                                   # waits for the device, so that the clock is right
-            middle = time.perf_counter()
-            samples[rows, 0] = common.sample(*image, dict(cls=y), 0, partial(noise[1], (3, size, size)), steps, args.amp)
-            seconds.append(np.diff([start, middle, time.perf_counter()]) / len(rows))
-    with common.writing(folder / "y.npy") as f:
-        np.save(f, np.concatenate(ys))
-    in_prior, in_image = np.median(seconds, axis=0)
-    about |= dict(ms_image=1e3 * (in_prior + in_image), prior_share=in_prior / (in_prior + in_image))
-    with common.writing(folder / "samples.json") as f:                   # last: the row is whole
-        f.write(json.dumps(about, indent=1).encode())
-    return about
+# ----------------------------------------------------------------------------------------------------------------------
+# What the image models are told of y.
 
 
-def fewer_steps(two, baseline):
-    """Image steps with which 2SDM takes 95% of the baseline's time, 1 if none do; both arguments as sample_row() returns them."""
-    a_step = two["ms_image"] * (1 - two["prior_share"]) / two["sample_steps"]
-    left = 0.95 * baseline["ms_image"] - two["ms_image"] * two["prior_share"]
-    return int(np.clip(left / a_step, 1, max(1, two["sample_steps"] - 1)))
+def clusters(cls, split, k):
+    """[N, D]: the centroid of each image's cluster, of k that k-means finds among the training images."""
+    centroids = kmeans2(cls[split == 0], min(k, np.count_nonzero(split == 0)), iter=20, minit="points", rng=0)[0]
+    return centroids[vq(cls, centroids)[0]]
+
+
+def principal_components(cls, split, k):
+    """[N, k]: the coordinates of each embedding along the k directions in which those of the training images vary most."""
+    train = cls[split == 0][:20_000]
+    mean = train.mean(0)
+    directions = np.linalg.svd(train - mean, full_matrices=False)[2][:k]                 # [k, D]
+    return (cls - mean) @ directions.T
+
+
+def told(cls, split, name):
+    """What the image model `name` is told of the embeddings cls [N, D]: [N, C] float32, C = 0 for "none"."""
+    if name == "none":
+        return cls[:, :0]
+    if name.startswith("kmeans"):
+        return clusters(cls, split, int(name.removeprefix("kmeans")))
+    return principal_components(cls, split, int(name.removeprefix("pca"))) if name.startswith("pca") else np.asarray(cls)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The rows of the table.
+
+
+def gflops(net, *inputs):
+    """Arithmetic of one forward pass, in GFLOPs."""
+    with FlopCounterMode(display=False) as counter:                      # with gradients: the fused inference path is not counted
+        net(*inputs)
+    return counter.get_total_flops() / 1e9
+
+
+def fewer_steps(prior, image, x, y, steps):
+    """Image steps with which 2SDM takes at most 9/10 of the baseline's arithmetic, 1 if none do; x, y: inputs of one image."""
+    logsnr, label, dim = x.new_zeros(1), x.new_zeros(1, dtype=torch.long), len(prior.norm.mean)
+    of_prior, of_image = gflops(prior, y[:, :dim, None, None], logsnr, label, label), gflops(image, x, logsnr, y)
+    print(f"arithmetic of a step: prior {of_prior:.4f}, image model {of_image:.4f} GFLOPs an image")
+    return max(1, int(steps * (0.9 - of_prior / of_image)))
 
 
 def draw_conditions(split, n, seed):
@@ -207,10 +196,81 @@ def draw_conditions(split, n, seed):
     return np.random.default_rng(seed).choice(train, n, replace=n > len(train))
 
 
-def clusters(cls, split, k):
-    """[N, D]: the centroid of each image's cluster, of k that k-means finds among the training images."""
-    centroids = kmeans2(cls[split == 0], min(k, np.count_nonzero(split == 0)), iter=20, minit="points", rng=0)[0]
-    return centroids[vq(cls, centroids)[0]]
+@torch.inference_mode()
+def sample_row(args, folder, image, given, steps, prior=None, label=None):
+    """Fill a row's folder with n images, each rank whole batches; returns its samples.json, with ms_image, their cost.
+
+    given [n, C]: the condition of each, or what goes behind the y that the prior draws for label [n].
+    """
+    (net, config), (device, rank, world), n = image, common.start(args.device), len(given)
+    about = dict(model=folder.name, seed=args.seed, n=n, sample_steps=steps, image_model=config["name"], trained=config["steps"],
+                 parameters=sum(w.numel() for part in (net, prior) if part is not None for w in part.parameters()))
+    if (folder / "samples.json").exists():
+        old = common.read_json(folder / "samples.json")
+        if any(old.get(key) != about[key] for key in about):
+            common.die(f"{folder} was sampled with other settings; give another --out or delete it")
+        return old
+    dim, seconds = 0 if prior is None else len(prior.norm.mean), []      # of prior and image model, an image, each batch
+    with (common.writing_array(folder / "samples.npy", (n, 1, args.size, args.size, 3), np.uint8, rank) as samples,
+          common.writing_array(folder / "y.npy", (n, dim + given.shape[1]), np.float32, rank) as ys):
+        batches = range(0, n, args.batch_images)
+        for first in common.progress(batches[rank::world], rank, desc=folder.name, unit="batch"):
+            rows = range(first, min(n, first + args.batch_images))
+            noise = [partial(common.randn, [common.generator(device, args.seed, i, stage, 7) for i in rows])
+                     for stage in range(2)]                              # 7: streams that no other script draws from
+            start, y = time.perf_counter(), torch.from_numpy(given[rows]).to(device)
+            if prior is not None:
+                a = torch.from_numpy(label[rows]).to(device)
+                y = torch.cat([sample_y(prior, partial(noise[0], (dim, 1, 1)), a, args.sample_steps), y], 1)
+            ys[rows] = y.cpu().numpy()                                   # waits for the device, so that the clock is right
+            middle = time.perf_counter()
+            samples[rows, 0] = common.sample(net, config, dict(cls=y), 0, partial(noise[1], (3, args.size, args.size)), steps,
+                                             args.amp)
+            seconds.append(np.diff([start, middle, time.perf_counter()]) / len(rows))
+    if rank == 0:
+        in_prior, in_image = np.median(seconds, axis=0)
+        about |= dict(ms_image=1e3 * (in_prior + in_image), prior_share=in_prior / (in_prior + in_image))
+        with common.writing(folder / "samples.json") as f:               # last: the row is whole
+            f.write(json.dumps(about, indent=1).encode())
+        print("{model:17}{sample_steps:4} steps,{ms_image:8.2f} ms an image, {prior_share:.0%} in the prior".format_map(about))
+    return about
+
+
+def table(args, data):
+    """Train what is missing and fill every row; the interpolation grid."""
+    device, rank, _ = common.start(args.device)
+    pages = np.unique(data.pages[data.split == 0]) if args.label else np.zeros(0, np.int32)
+    label = np.searchsorted(pages, data.pages).clip(0, max(0, len(pages) - 1))           # [N]
+    one_hot = (data.pages[:, None] == pages).astype(np.float32)          # [N, L]; rows of held-out pages may be 0
+    drawn = draw_conditions(data.split, args.samples, args.seed)
+    names = {"unconditional": "none", "oracle": "film", "kmeans": f"kmeans{args.clusters}"}
+    given = {row: np.concatenate([told(data.cls, data.split, name), one_hot], 1) for row, name in names.items()}   # [N, C] each
+    images = {row: image_model(args, data, name, given[row], args.steps) for row, name in names.items()}
+    prior = train_prior(args, data, label, len(pages))
+    for row in names:
+        sample_row(args, args.out / row, images[row], given[row][drawn], args.sample_steps)
+    x, y = torch.zeros(1, 3, args.size, args.size, device=device), torch.from_numpy(given["oracle"][:1]).to(device)
+    fewer = fewer_steps(prior, images["oracle"][0], x, y, args.sample_steps)
+    for row, steps in (("2sdm", args.sample_steps), ("2sdm_fewer_steps", fewer)):
+        sample_row(args, args.out / row, images["oracle"], one_hot[drawn], steps, prior, label[drawn])
+    if rank == 0:
+        a = torch.from_numpy(label[drawn[:1]]).to(device)
+        interpolate(args, args.out / "interpolation.png", prior, images["oracle"], one_hot[drawn[:1]], a)
+        print(f"wrote {args.out}; next 01_embed.py --cls-only on every row, 06, 07_twostage.py figures: `make twostage` does it")
+
+
+def sweep(args, data):
+    """Image models that are told more and more of y, at every budget; as for the oracle, y is of training images."""
+    drawn = draw_conditions(data.split, args.samples, args.seed)
+    for name in SWEEP:
+        condition = told(data.cls, data.split, name)                                     # [N, C]
+        for steps in args.sweep_steps:
+            image = image_model(args, data, name, condition, steps)
+            sample_row(args, args.out / "sweep" / f"{name}_{steps}", image, condition[drawn], args.sample_steps)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pictures.
 
 
 def slerp(a, b, fractions):
@@ -258,51 +318,45 @@ def figures(args, data):
     common.contact_sheet(args.out / "neighbours.png", sheet)
     with common.writing(args.out / "distances.png") as f:
         figure.savefig(f, dpi=120, format="png")
+    if (args.out / "sweep" / "metrics.json").exists():
+        plot_sweep(args.out / "sweep.png", common.read_json(args.out / "sweep" / "metrics.json"))
     print(f"wrote {args.out}/neighbours.png and distances.png")
 
 
+def plot_sweep(path, rows):
+    """FID over what the image model is told of y, a curve a budget: PCA coordinates on the left, k-means on the right."""
+    import matplotlib.pyplot as plt
+    fid = {row["model"]: row["fid"] for row in rows if row["reference"] == "unseen" and "trained" in row}
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4), layout="constrained", sharey=True)
+    for axes, kind, what in zip(panels, ("pca", "kmeans"), ("principal components of y", "clusters of y")):
+        for colour, steps in enumerate(sorted({row["trained"] for row in rows if "trained" in row})):
+            told_of = {name: int(name.removeprefix(kind)) for name in SWEEP if name.startswith(kind)}
+            axes.plot(told_of.values(), [fid[f"{name}_{steps}"] for name in told_of], "o-", color=f"C{colour}", label=f"{steps} steps")
+            for name, style in (("none", "--"), ("film", ":")):
+                axes.axhline(fid[f"{name}_{steps}"], color=f"C{colour}", linestyle=style,
+                             label=f"{steps} steps, told {dict(none='nothing', film='all of y')[name]}")
+        axes.set(xscale="log", xlabel=f"{what} that the image model is told", ylabel="FID")
+        axes.legend(frameon=False)
+    with common.writing(path) as f:
+        figure.savefig(f, dpi=120, format="png")
+
+
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                parents=[common.training_parser("")], conflict_handler="resolve")
-    p.add_argument("what", nargs="?", default="sample", choices=["sample", "figures"])
-    p.add_argument("--out", type=Path, help="folder to write (default DATA/twostage, with --label DATA/twostage_page)")
-    p.add_argument("--cond", help=argparse.SUPPRESS)
+    p = training.training_parser(__doc__, out="folder to write (default DATA/twostage, or DATA/twostage_page)", cond=False)
+    p.add_argument("what", nargs="?", default="table", choices=["table", "sweep", "figures"])
     p.add_argument("--label", choices=["page"], help="give both stages the page of the image")
     p.add_argument("--samples", type=int, default=1000, help="n, images a row")
     p.add_argument("--batch-images", type=int, default=100, help="images a forward pass of the sampler")
     p.add_argument("--clusters", type=int, default=16, help="K of the row kmeans")
+    p.add_argument("--sweep-steps", type=int, nargs="+", default=[250, 1000], help="budgets of the sweep, optimiser steps")
     p.add_argument("--prior-steps", type=int, default=1000, help="optimiser steps of the prior")
     p.add_argument("--prior-batch", type=int, default=128, help="embeddings a step")
     p.add_argument("--prior-lr", type=float, default=1e-3, help="peak learning rate of the prior")
     p.add_argument("--prior-width", type=int, default=192, help="features of the prior's tokens")
-    p.add_argument("--weight-decay", type=float, default=0.01, help="of the prior")
+    p.add_argument("--prior-weight-decay", type=float, default=0.01)
     args = common.parse(p)
     args.out = args.out or args.data / ("twostage_page" if args.label else "twostage")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        common.die("07 is one process; train none.pt and film.pt with torchrun and 03_train_recon.py, then run 07 without it")
-    data, (device, _, _) = common.Data(args.data), common.start(args.device)
-    if args.what == "figures":
-        return figures(args, data)
-
-    pages = np.unique(data.pages[data.split == 0]) if args.label else np.zeros(0, np.int32)
-    label = torch.from_numpy(np.searchsorted(pages, data.pages).clip(0, max(0, len(pages) - 1))).to(device)      # [N]
-    one_hot = (data.pages[:, None] == pages).astype(np.float32)          # [N, L]; rows of held-out pages may be 0
-    drawn = draw_conditions(data.split, args.samples, args.seed)
-    centroids = clusters(data.cls, data.split, args.clusters)
-    given = {"none": data.cls[:, :0], "film": data.cls, f"kmeans{args.clusters}": centroids}
-    given = {name: np.concatenate([y, one_hot], 1) for name, y in given.items()}                         # [N, C] each
-    images = {name: image_model(args, data, name, condition, device) for name, condition in given.items()}
-    prior = train_prior(args, data, label, len(pages), device)
-
-    rows = [sample_row(args, row, images[name], given[name][drawn], args.sample_steps)
-            for row, name in zip(("unconditional", "oracle", "kmeans"), given)]
-    for row in ("2sdm", "2sdm_fewer_steps"):
-        steps = args.sample_steps if row == "2sdm" else fewer_steps(rows[-1], rows[0])
-        rows.append(sample_row(args, row, images["film"], one_hot[drawn], steps, prior, label[drawn]))
-    for row in rows:
-        print("{model:17}{sample_steps:4} steps{ms_image:8.2f} ms an image,{prior_share:4.0%} of it in the prior".format_map(row))
-    interpolate(args, args.out / "interpolation.png", prior, images["film"], one_hot[drawn[:1]], label[drawn[:1]])
-    print(f"wrote {args.out}; next 01_embed.py --cls-only on every row, 06, 07_twostage.py figures: `make twostage` runs all")
+    dict(table=table, sweep=sweep, figures=figures)[args.what](args, common.Data(args.data))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """common.py: what two or more of the numbered scripts need, and nothing else.
 
-In reading order: presets, noise schedule, loss, sampler, U-ViT, files, training loop.
+In reading order: presets, noise schedule, loss, sampler, U-ViT, files, processes. The training loop is training.py.
 
 The papers, as cited in the comments:
   [S]   Semantica: Conditional Diffusion on Web-Scale Image Pairs leads to Diverse Image Variations, arXiv 2405.14857
@@ -13,17 +13,12 @@ The papers, as cited in the comments:
 """
 import argparse
 import contextlib
-import copy
 import ctypes
 import json
 import math
 import os
 import shutil
-import signal
 import sys
-import time
-import zlib
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +27,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -40,9 +34,10 @@ from tqdm import tqdm
 # Presets: everything that differs between a laptop and a cluster is data in this table; flags override single values.
 # channels and blocks have one entry a stage, each stage at half the resolution of the one before; the last is the transformer.
 
-SMALL = dict(patch=1, loss="v", warmup=100, decay="cosine", ema=0.998, cond_drop=0.1, amp="none", sample_steps=25, time_power=1.5)
-PAPER = dict(loss="eps", noise_size=32, warmup=10_000, decay="constant", ema=0.9999, cond_drop=0.1, amp="bf16", source=None,
-             encoder_px=224, batch=2048, steps=300_000, lr=1e-4, sample_steps=128, time_power=1, variations=10)
+SMALL = dict(patch=1, loss="v", warmup=100, decay="cosine", ema=0.998, weight_decay=0, cond_drop=0.1, amp="none", sample_steps=25,
+             time_power=1.5)
+PAPER = dict(loss="eps", noise_size=32, warmup=10_000, decay="constant", ema=0.9999, weight_decay=0, cond_drop=0.1, amp="bf16",
+             source=None, encoder_px=224, batch=2048, steps=300_000, lr=1e-4, sample_steps=128, time_power=1, variations=10)
 PRESETS = {
     "digits16": dict(SMALL, source="digits", size=16, encoder_px=128, channels=(32, 64, 192), blocks=(1, 1, 4), noise_size=16,
                      batch=32, steps=1600, lr=2e-3, variations=60),
@@ -141,6 +136,18 @@ def generator(device, *key):
 def randn(generators, shape):
     """[len(generators), *shape] of unit noise, row i from generators[i]: image i is the same in whatever batch it is drawn."""
     return torch.stack([torch.randn(shape, generator=g, device=g.device) for g in generators])
+
+
+def autocast(device, amp):
+    """bfloat16 for matrix products and convolutions; weights, optimiser, sampler and loss stay in float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=amp == "bf16")
+
+
+def sample(model, config, condition, guidance, noise, steps, amp):
+    """uint8 images [B, S, S, 3] for embeddings `condition` of B rows; noise() -> fresh unit noise [B, 3, S, S] each time."""
+    z, condition = noise(), {name: c.float() for name, c in condition.items()}
+    with autocast(z.device, amp):
+        return to_uint8(ddpm_sample(guide(model, guidance, **condition), z, noise, steps, sampling_schedule(config)))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -423,7 +430,7 @@ def parse(p, argv=None):
 
 
 def start(device):
-    """Pick the device and join torchrun's process group if there is one. Returns (device, rank, world)."""
+    """Pick the device and join torchrun's process group if there is one, once. Returns (device, rank, world)."""
     with contextlib.suppress(AttributeError, OSError, TypeError):      # glibc: keep freed memory instead of faulting it in again,
         for option in (-1, -3):                                        # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD: a tenth of a CPU step
             ctypes.CDLL(None).mallopt(option, 1 << 25)
@@ -433,14 +440,9 @@ def start(device):
         device = f"cuda:{local}"
         torch.cuda.set_device(local)
         torch.set_float32_matmul_precision("high")                     # TF32 for what stays in float32
-    if world > 1:
+    if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     return torch.device(device), rank, world
-
-
-def autocast(device, amp):
-    """bfloat16 for matrix products and convolutions; weights, optimiser, sampler and loss stay in float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=amp == "bf16")
 
 
 @contextlib.contextmanager
@@ -471,204 +473,6 @@ def writing_array(path, shape, dtype, rank):
 def progress(iterable, rank=0, **options):
     """tqdm on the first rank: every second on a terminal, every half minute in a log file."""
     return tqdm(iterable, disable=rank > 0, mininterval=1 if sys.stderr.isatty() else 30, **options)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The one training loop.
-
-
-def training_parser(doc):
-    """parser() with the flags of the training scripts; unset ones take the preset's value."""
-    p = parser(doc)
-    p.add_argument("--out", type=Path, help="checkpoint to write (default beside DATA); repeat the command to resume")
-    p.add_argument("--cond", default="both", choices=["tokens", "film", "both", "none"], help="how the condition enters")
-    p.add_argument("--loss", choices=["v", "eps"], help="what the squared error is of")
-    p.add_argument("--steps", type=int, help="optimiser steps in all")
-    p.add_argument("--batch", type=int, help="images a step, over all processes")
-    p.add_argument("--accumulate", type=int, default=1, help="backward passes a step")
-    p.add_argument("--lr", type=float, help="peak learning rate")
-    p.add_argument("--ema", type=float, help="decay of the averaged weights (warmed up)")
-    p.add_argument("--amp", choices=["none", "bf16"], help="bf16: autocast; weights, optimiser and loss stay in float32")
-    p.add_argument("--compile", action="store_true", help="torch.compile the network")
-    p.add_argument("--workers", type=int, default=0, help="processes that load batches ahead")
-    p.add_argument("--log-every", type=int, default=50, help="steps")
-    p.add_argument("--save-every", type=int, default=500, help="steps; checkpoint and preview sheet")
-    p.add_argument("--sample-steps", type=int, help="steps of the sampler")
-    return p
-
-
-class Batches(torch.utils.data.Dataset):
-    """Item `step` is this rank's share of batch `step`, a function of (seed, step) alone: resuming needs no generator state."""
-
-    def __init__(self, args, data, pairs, rank, world):
-        self.args, self.data, self.pairs, self.mine = args, data, pairs, slice(rank, None, world)
-
-    def __getitem__(self, step):
-        rng, n = np.random.default_rng([self.args.seed, step]), self.args.batch
-        pairs = self.pairs[rng.integers(len(self.pairs), size=n)]
-        t = (rng.random() + np.arange(n)) / n                          # stratified over the whole batch ([VDM] appendix I)
-        drop = rng.random(n) < self.args.cond_drop                     # these rows train the null condition ([CFG])
-        condition, target = pairs[self.mine].T
-        return dict(x=torch.from_numpy(np.asarray(self.data.images[target])), t=torch.from_numpy(t[self.mine]).float(),
-                    drop=torch.from_numpy(drop[self.mine]), index=torch.arange(n)[self.mine],
-                    **self.data.embeddings(condition, self.args.cond, "cpu"))
-
-
-def learning_rate(step, args):
-    """Linear warm-up, then constant (the papers) or a cosine to zero (the small presets: sharper in few steps)."""
-    decay = 0.5 + 0.5 * math.cos(math.pi * step / args.steps) if args.decay == "cosine" else 1
-    return args.lr * min(1, (step + 1) / args.warmup) * decay
-
-
-@torch.no_grad()
-def update_ema(ema, model, step, decay):
-    """ema <- d ema + (1 - d) model, with d warmed up from 0.1 to `decay`."""
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - min(decay, (1 + step) / (10 + step)))
-
-
-def train(args, data, pairs):
-    """Train a U-ViT on pairs [P, 2] of (condition, target) indices; writes args.out, a .jsonl log and a preview sheet beside it.
-
-    Adam with betas (0.9, 0.99) and eps 1e-12, and an average of the weights ([SD], appendix). Until it is done the state lies
-    in OUT.partial, and the same command resumes from it, bit for bit. SIGTERM saves and exits with code 143.
-    """
-    device, rank, world = start(args.device)
-    if args.batch % (world * args.accumulate):
-        die(f"--batch {args.batch} does not divide into {world} processes x {args.accumulate} backward passes")
-    if data.images.shape[1] != args.size:
-        die(f"{data.folder} has images of {data.images.shape[1]} px, preset {args.preset} wants {args.size}; choose another")
-    if len(pairs) == 0:
-        die(f"{data.folder} has no pairs to train on; loosen the thresholds of 02_filter_pairs.py")
-    network = dict(size=args.size, patch=args.patch, channels=list(args.channels), blocks=list(args.blocks), cond=args.cond,
-                   cls_dim=data.cls.shape[1], token_shape=list(data.tokens.shape[1:]))
-    recipe = ("preset", "loss", "noise_size", "cond_drop", "batch", "steps", "lr", "warmup", "decay", "ema", "seed", "time_power")
-    config = dict(network=network, encoder=data.meta["encoder"], pairs=zlib.crc32(np.ascontiguousarray(pairs)))
-    config |= {key: getattr(args, key) for key in recipe}
-
-    torch.manual_seed(args.seed)
-    model = UViT(**network)
-    rows = np.flatnonzero(data.split == 0)
-    rows = rows[::1 + len(rows) // 5000]                               # up to 5,000 images tell mean and standard deviation
-    if args.cond in ("film", "both"):
-        model.cls_norm.fit(data.cls[rows])
-    if args.cond in ("tokens", "both"):
-        model.token_norm.fit(data.tokens[rows])
-    model.to(device)
-    ema = copy.deepcopy(model).requires_grad_(False)
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, betas=(0.9, 0.99), eps=1e-12, fused=device.type != "mps")
-    unfinished, log, first = Path(f"{args.out}.partial"), args.out.with_suffix(".jsonl"), 0
-    for found in filter(Path.exists, (args.out, unfinished)):
-        state = read_checkpoint(found)
-        other = [key for key in config if config[key] != state["config"].get(key)]
-        if other:
-            die(f"{found} was trained with another {', '.join(other)}; give another --out or delete it")
-        if found == args.out:
-            print(f"{args.out} is there already, {state['step']} steps")
-            return
-        model.load_state_dict(state["model"])
-        ema.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
-        first = state["step"]
-    if rank == 0:
-        with writing(log) as f:                                        # keep the lines up to the step we resume from
-            lines = log.read_text().splitlines(keepends=True) if first and log.exists() else []
-            f.write("".join(line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= first).encode())
-
-    if args.compile:
-        torch._dynamo.config.suppress_errors = True                    # says what it cannot compile, and runs that as it is
-    net = torch.compile(model) if args.compile else model
-    if world > 1:
-        net = DistributedDataParallel(net)
-    batches = Batches(args, data, pairs, rank, world)
-    loader = torch.utils.data.DataLoader(batches, batch_size=None, sampler=range(first, args.steps), num_workers=args.workers,
-                                         pin_memory=device.type == "cuda")
-    stop, losses, bins, clock = [], [], torch.zeros(2, 5, device=device), time.perf_counter()
-    before = signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
-    bar = progress(loader, rank, initial=first, total=args.steps, unit="step")
-    for step, batch in enumerate(bar, first):
-        index = batch.pop("index").tolist()
-        batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
-        for part in range(args.accumulate):
-            b = {key: value[part::args.accumulate] for key, value in batch.items()}
-            x, t = b.pop("x").permute(0, 3, 1, 2) / 127.5 - 1, b.pop("t")                # [b, 3, S, S] in [-1, 1]
-            eps = randn([generator(device, args.seed, step, i) for i in index[part::args.accumulate]], x.shape[1:])
-            logsnr = logsnr_schedule(t, args.size, args.noise_size)
-            alpha, sigma = alpha_sigma(logsnr)
-            waits = world > 1 and part < args.accumulate - 1                             # sum over ranks once a step, at the end
-            with net.no_sync() if waits else contextlib.nullcontext():
-                with autocast(device, args.amp):
-                    v_pred = net(alpha * x + sigma * eps, logsnr, **b)
-                loss = diffusion_loss(v_pred, x, eps, logsnr, args.loss)                 # [b]
-                (loss.mean() / args.accumulate).backward()
-            bins.index_add_(1, (t * 5).long().clamp(max=4), torch.stack([loss.detach(), torch.ones_like(loss)]))
-            losses.append(loss.detach().mean())
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args)
-        optimizer.step()
-        optimizer.zero_grad()
-        update_ema(ema, model, step, args.ema)
-
-        done, stopping = step + 1, bool(stop)
-        if world > 1:                                                  # ranks hear of it at different steps: agree on one
-            asked = torch.tensor(float(stopping), device=device)
-            if done % 10 == 0:
-                dist.all_reduce(asked)
-            stopping = done % 10 == 0 and asked.item() > 0
-        stopping = stopping and done < args.steps
-        saving = done % args.save_every == 0 or done == args.steps or stopping
-        if done % args.log_every and not saving:
-            continue
-        values = torch.stack(losses)                                   # read back here only: no wait for the device in a step
-        if not values.isfinite().all():
-            bad = done - (len(values) - 1 - int(values.isfinite().logical_not().nonzero()[0])) // args.accumulate
-            die(f"the loss is {values[~values.isfinite()][0]} at step {bad}; the last good checkpoint is as it was. "
-                "Lower --lr, or use --amp none; if it happens at once, look for nan in cls.npy and tokens.npy")
-        if world > 1:
-            dist.all_reduce(bins)
-        speed = len(values) // args.accumulate * args.batch / (time.perf_counter() - clock)
-        mean, by_noise_level = (bins[0].sum() / bins[1].sum()).item(), (bins[0] / bins[1].clamp(min=1)).tolist()
-        row = dict(step=done, loss=mean, by_noise_level=by_noise_level, lr=learning_rate(step, args), images_per_s=speed)
-        levels = " ".join(f"{value:.3f}" for value in by_noise_level)
-        bar.set_postfix_str(f"{speed:.0f} images/s, loss {mean:.4f}, by noise level {levels}")
-        if rank == 0:
-            with open(log, "a") as f:
-                f.write(json.dumps(row) + "\n")
-        if saving and rank == 0:
-            with writing(unfinished) as f:
-                torch.save(dict(model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
-                                step=done, config=config), f)
-            if not stopping:
-                preview(args, config, data, ema, device)
-        if stopping:
-            if rank == 0:
-                print(f"SIGTERM: {unfinished} holds step {done}; repeat the command to go on", file=sys.stderr)
-            sys.exit(143)
-        losses, clock = [], time.perf_counter()
-        bins.zero_()
-    signal.signal(signal.SIGTERM, before)
-    if rank == 0:
-        os.replace(unfinished, args.out)
-        print(f"wrote {args.out}, {log} and {args.out.with_suffix('.png')}; next: python 05_sample.py --data {args.data} "
-              f"--checkpoint {args.out}")
-
-
-def sample(model, config, condition, guidance, noise, steps, amp):
-    """uint8 images [B, S, S, 3] for embeddings `condition` of B rows; noise() -> fresh unit noise [B, 3, S, S] each time."""
-    z, condition = noise(), {name: c.float() for name, c in condition.items()}
-    with autocast(z.device, amp):
-        return to_uint8(ddpm_sample(guide(model, guidance, **condition), z, noise, steps, sampling_schedule(config)))
-
-
-def preview(args, config, data, model, device):
-    """Eight samples (w = 1) for each of up to eight conditions, with the same noise every time: OUT with .png."""
-    chosen, k = data.conditions(), 8
-    chosen = chosen[np.linspace(0, len(chosen) - 1, min(len(chosen), 8)).astype(int)]            # from all over
-    condition = {name: c.repeat_interleave(k, 0) for name, c in data.embeddings(chosen, args.cond, device).items()}
-    streams = [generator(device, args.seed, i, j) for i in range(len(chosen)) for j in range(k)]
-    noise = partial(randn, streams, (3, args.size, args.size))
-    images = sample(model, config, condition, 0 if args.cond == "none" else 1, noise, args.sample_steps, args.amp)
-    images = images.reshape(len(chosen), k, *images.shape[1:])
-    contact_sheet(args.out.with_suffix(".png"), [[data.images[c], None, *row] for c, row in zip(chosen, images)])
 
 
 if __name__ == "__main__":

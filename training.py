@@ -1,0 +1,347 @@
+"""training.py: the one training loop, of the U-ViT in 03, 04 and 07 and of the prior in 07.
+
+One process, or many under torchrun: DistributedDataParallel, or with --fsdp every parameter, gradient, moment and average in
+slices over the processes (FSDP2). A step is a function of (seed, step) alone, so a repeated command resumes an interrupted run
+and ends with the same bits; with another number of processes or another engine it ends with the same up to rounding.
+
+Writes  OUT {model, ema, optimizer, step, config}, by a rename, when it is done     OUT with .jsonl, the log     OUT with .png
+        OUT.partial, the same as OUT, while it trains; with --fsdp OUT.sharded/STEP/, to which each process writes its slices
+
+    python training.py runs/mine/pairs.pt.sharded/00010000 early.pt        # slices -> one plain file, for 05
+"""
+import argparse
+import contextlib
+import copy
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+import zlib
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_state_dict,
+                                                     set_model_state_dict, set_state_dict)
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+import common
+
+
+def training_parser(doc, out="checkpoint to write (default in DATA); repeat the command to resume", cond=True):
+    """common.parser() with the flags of the training scripts; unset ones take the preset's value."""
+    p = common.parser(doc)
+    p.add_argument("--out", type=Path, help=out)
+    if cond:
+        p.add_argument("--cond", default="both", choices=["tokens", "film", "both", "none"], help="how the condition enters")
+    p.add_argument("--loss", choices=["v", "eps"], help="what the squared error is of")
+    p.add_argument("--steps", type=int, help="optimiser steps in all")
+    p.add_argument("--batch", type=int, help="images a step, over all processes")
+    p.add_argument("--accumulate", type=int, default=1, help="backward passes a step")
+    p.add_argument("--lr", type=float, help="peak learning rate")
+    p.add_argument("--ema", type=float, help="decay of the averaged weights (warmed up)")
+    p.add_argument("--amp", choices=["none", "bf16"], help="bf16: autocast; weights, optimiser and loss stay in float32")
+    p.add_argument("--compile", action="store_true", help="torch.compile the network")
+    p.add_argument("--fsdp", action="store_true", help="under torchrun: share out the weights too (FSDP2)")
+    p.add_argument("--recompute", action="store_true", help="run blocks again in the backward pass: less memory, more time")
+    p.add_argument("--workers", type=int, default=0, help="processes that load batches ahead")
+    p.add_argument("--log-every", type=int, default=50, help="steps")
+    p.add_argument("--save-every", type=int, default=500, help="steps; checkpoint and preview sheet")
+    p.add_argument("--sample-steps", type=int, help="steps of the sampler")
+    return p
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What 03, 04 and the image models of 07 train.
+
+
+class PairBatches(torch.utils.data.Dataset):
+    """Item `step` is this rank's share of batch `step`, a function of (seed, step) alone: resuming needs no generator state."""
+
+    def __init__(self, args, data, pairs, rank, world):
+        self.args, self.data, self.pairs, self.mine = args, data, pairs, range(rank, args.batch, world)
+
+    def __getitem__(self, step):
+        rng, n = np.random.default_rng([self.args.seed, step]), self.args.batch
+        pairs = self.pairs[rng.integers(len(self.pairs), size=n)]
+        t = (rng.random() + np.arange(n)) / n                          # stratified over the whole batch ([VDM] appendix I)
+        drop = rng.random(n) < self.args.cond_drop                     # these rows train the null condition ([CFG])
+        condition, target = pairs[self.mine].T
+        eps = common.randn([common.generator("cpu", self.args.seed, step, i) for i in self.mine], (3, *[self.args.size] * 2))
+        return dict(x=torch.from_numpy(np.asarray(self.data.images[target])), eps=eps, t=torch.from_numpy(t[self.mine]).float(),
+                    drop=torch.from_numpy(drop[self.mine]), **self.data.embeddings(condition, self.args.cond, "cpu"))
+
+
+def train_images(args, data, pairs):
+    """Train a U-ViT on pairs [P, 2] of (condition, target) indices: train(), and a sheet of samples beside args.out."""
+    _, rank, world = common.start(args.device)
+    if data.images.shape[1] != args.size:
+        common.die(f"{data.folder} has images of {data.images.shape[1]} px, preset {args.preset} wants {args.size}")
+    if len(pairs) == 0:
+        common.die(f"{data.folder} has no pairs to train on; loosen the thresholds of 02_filter_pairs.py")
+    network = dict(size=args.size, patch=args.patch, channels=list(args.channels), blocks=list(args.blocks), cond=args.cond,
+                   cls_dim=data.cls.shape[1], token_shape=list(data.tokens.shape[1:]))
+    recipe = ("preset", "loss", "noise_size", "cond_drop", "batch", "steps", "lr", "warmup", "decay", "ema", "seed", "time_power")
+    config = dict(network=network, encoder=data.meta["encoder"], pairs=zlib.crc32(np.ascontiguousarray(pairs)))
+    config |= {key: getattr(args, key) for key in recipe}
+
+    torch.manual_seed(args.seed)
+    model = common.UViT(**network)
+    rows = np.flatnonzero(data.split == 0)
+    rows = rows[::1 + len(rows) // 5000]                               # up to 5,000 images tell mean and standard deviation
+    if args.cond in ("film", "both"):
+        model.cls_norm.fit(data.cls[rows])
+    if args.cond in ("tokens", "both"):
+        model.token_norm.fit(data.tokens[rows])
+
+    def loss_of(net, x, eps, t, **condition):
+        x = x.permute(0, 3, 1, 2) / 127.5 - 1                          # [b, 3, S, S] in [-1, 1]
+        logsnr = common.logsnr_schedule(t, args.size, args.noise_size)
+        alpha, sigma = common.alpha_sigma(logsnr)
+        return common.diffusion_loss(net(alpha * x + sigma * eps, logsnr, **condition), x, eps, logsnr, args.loss)
+
+    show = partial(preview, args, config, data)
+    train(args, config, model, PairBatches(args, data, pairs, rank, world), loss_of, show)
+    if rank == 0:
+        print(f"preview: {args.out.with_suffix('.png')}; next: python 05_sample.py --data {args.data} --checkpoint {args.out}")
+
+
+def preview(args, config, data, model, device, rank):
+    """Eight samples (w = 1) for each of up to eight conditions, with the same noise every time: OUT with .png."""
+    chosen, k = data.conditions(), 8
+    chosen = chosen[np.linspace(0, len(chosen) - 1, min(len(chosen), 8)).astype(int)]            # from all over
+    condition = {name: c.repeat_interleave(k, 0) for name, c in data.embeddings(chosen, args.cond, device).items()}
+    streams = [common.generator(device, args.seed, i, j) for i in range(len(chosen)) for j in range(k)]
+    noise = partial(common.randn, streams, (3, args.size, args.size))
+    images = common.sample(model, config, condition, 0 if args.cond == "none" else 1, noise, args.sample_steps, args.amp)
+    images = images.reshape(len(chosen), k, *images.shape[1:])
+    if rank == 0:
+        common.contact_sheet(args.out.with_suffix(".png"), [[data.images[c], None, *row] for c, row in zip(chosen, images)])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The loop.
+
+
+def learning_rate(step, args):
+    """Linear warm-up, then constant (the papers) or a cosine to zero (the small presets: sharper in few steps)."""
+    decay = 0.5 + 0.5 * math.cos(math.pi * step / args.steps) if args.decay == "cosine" else 1
+    return args.lr * min(1, (step + 1) / args.warmup) * decay
+
+
+def local(model):
+    """The parameters as this process holds them: whole, or its slices of them."""
+    return [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
+
+
+@torch.no_grad()
+def update_ema(ema, model, step, decay):
+    """ema <- d ema + (1 - d) model, with d warmed up from 0.1 to `decay`."""
+    torch._foreach_lerp_(local(ema), local(model), 1 - min(decay, (1 + step) / (10 + step)))
+
+
+def blocks(model):
+    """The modules that --fsdp gathers, and --recompute runs again, one at a time."""
+    return [m for m in model.modules() if isinstance(m, (common.ResBlock, common.TransformerBlock, nn.TransformerEncoderLayer))]
+
+
+def train(args, config, model, batches, loss_of, show=lambda ema, device, rank: None):
+    """Train `model` for args.steps steps and write {model, ema, optimizer, step, config} to args.out.
+
+    batches[step]: this rank's rows of the batch, a dict of tensors [args.batch / world, ...], among them times t in [0, 1].
+    loss_of(net, **rows) -> the loss of each row, [b]. show(ema, device, rank), on all ranks: after saving, look at the weights.
+    Adam with betas (0.9, 0.99) and eps 1e-12, and an average of the weights ([SD], appendix). SIGTERM saves and exits with 143.
+    """
+    device, rank, world = common.start(args.device)
+    if args.batch % (world * args.accumulate):
+        common.die(f"--batch {args.batch} does not divide into {world} processes x {args.accumulate} backward passes")
+    if args.fsdp and not dist.is_initialized():
+        common.die("--fsdp shares the network out over processes; start it with torchrun --nproc-per-node=N")
+    model.to(device)
+    ema = copy.deepcopy(model).requires_grad_(False)
+    if args.recompute:
+        for block in blocks(model):
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    if args.fsdp:
+        for net in (model, ema):
+            for block in (*blocks(net), net):
+                fully_shard(block, reshard_after_forward=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.99), eps=1e-12, weight_decay=args.weight_decay,
+                                  fused=device.type != "mps")          # with no weight decay it is Adam
+    first = resume(args.out, config, model, ema, optimizer)
+    if first is None:
+        return
+    log = args.out.with_suffix(".jsonl")
+    if rank == 0:
+        with common.writing(log) as f:                                 # keep the lines up to the step we resume from
+            lines = log.read_text().splitlines(keepends=True) if first and log.exists() else []
+            f.write("".join(line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= first).encode())
+
+    if args.compile:
+        torch._dynamo.config.suppress_errors = True                    # says what it cannot compile, and runs that as it is
+    net = torch.compile(model) if args.compile else model
+    if world > 1 and not args.fsdp:
+        net = DistributedDataParallel(net)
+    loader = torch.utils.data.DataLoader(batches, batch_size=None, sampler=range(first, args.steps), num_workers=args.workers,
+                                         pin_memory=device.type == "cuda")
+    stop, losses, bins, clock = [], [], torch.zeros(2, 5, device=device), time.perf_counter()
+    before = signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
+    bar = common.progress(loader, rank, initial=first, total=args.steps, unit="step", desc=args.out.stem)
+    for step, batch in enumerate(bar, first):
+        batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+        for part in range(args.accumulate):
+            b, last = {key: value[part::args.accumulate] for key, value in batch.items()}, part == args.accumulate - 1
+            if args.fsdp:
+                model.set_requires_gradient_sync(last)                   # sum over ranks once a step, at the end
+            with net.no_sync() if world > 1 and not args.fsdp and not last else contextlib.nullcontext():
+                with common.autocast(device, args.amp):
+                    loss = loss_of(net, **b)                           # [b]
+                (loss.mean() / args.accumulate).backward()
+            bins.index_add_(1, (b["t"] * 5).long().clamp(max=4), torch.stack([loss.detach(), torch.ones_like(loss)]))
+            losses.append(loss.detach().mean())
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args)
+        optimizer.step()
+        optimizer.zero_grad()
+        update_ema(ema, model, step, args.ema)
+
+        done, stopping = step + 1, bool(stop)
+        if world > 1:                                                  # ranks hear of it at different steps: agree on one
+            asked = torch.tensor(float(stopping), device=device)
+            if done % 10 == 0:
+                dist.all_reduce(asked)
+            stopping = done % 10 == 0 and asked.item() > 0
+        stopping = stopping and done < args.steps
+        saving = done % args.save_every == 0 or done == args.steps or stopping
+        if done % args.log_every and not saving:
+            continue
+        values = torch.stack(losses).view(-1, args.accumulate).sum(1)  # read back here only: no wait for the device in a step
+        if saving:                                                     # a step from a finite loss can still break the weights
+            values = torch.cat([values, torch.stack(torch._foreach_norm(local(model))).sum()[None]])
+        if world > 1:
+            dist.all_reduce(bins)
+            dist.all_reduce(values)                                    # nan on one rank is nan on all, and all stop
+        if not values.isfinite().all():
+            bad = done + 1 - len(values) + saving + int(values.isfinite().logical_not().nonzero()[0])
+            common.die(f"{args.out}: loss or weights are not finite at step {min(bad, done)}; the last good checkpoint is as it "
+                       "was. Lower --lr, or use --amp none; if it happens at once, look for nan in cls.npy and tokens.npy")
+        speed = len(losses) // args.accumulate * args.batch / (time.perf_counter() - clock)
+        mean, by_noise_level = (bins[0].sum() / bins[1].sum()).item(), (bins[0] / bins[1].clamp(min=1)).tolist()
+        row = dict(step=done, loss=mean, by_noise_level=by_noise_level, lr=learning_rate(step, args), images_per_s=speed)
+        levels = " ".join(f"{value:.3f}" for value in by_noise_level)
+        bar.set_postfix_str(f"{speed:.0f} images/s, loss {mean:.4f}, by noise level {levels}")
+        if rank == 0:
+            with open(log, "a") as f:
+                f.write(json.dumps(row) + "\n")
+        if saving:
+            save(args.out, done, config, model, ema, optimizer, args.fsdp)
+            if done < args.steps and not stopping:
+                show(ema, device, rank)
+        if stopping:
+            if rank == 0:
+                print(f"SIGTERM: saved step {done} of {args.out}; repeat the command to go on", file=sys.stderr)
+            sys.exit(143)
+        losses, clock = [], time.perf_counter()
+        bins.zero_()
+    signal.signal(signal.SIGTERM, before)
+    show(ema, device, rank)
+    if rank == 0:
+        if slices := newest_slices(args.out):
+            export(slices, args.out)
+            shutil.rmtree(slices.parent)
+        else:
+            os.replace(f"{args.out}.partial", args.out)
+        print(f"wrote {args.out} and {log}")
+    if world > 1:
+        dist.barrier()                                                 # OUT is there for all ranks
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checkpoints. Names and values are those of the plain model whatever engine trained it, so any engine resumes any of them.
+
+
+def state_of(model, ema, optimizer):
+    """{model, ema, optimizer}: whole tensors, or under --fsdp each rank's slices of them."""
+    weights, moments = get_state_dict(model, optimizer)
+    return dict(model=weights, ema=get_model_state_dict(ema), optimizer=moments)
+
+
+def save(out, step, config, model, ema, optimizer, fsdp):
+    """Write OUT.partial, or with fsdp OUT.sharded/STEP/ with the slices of each rank; then remove what it replaces."""
+    rank, partial_file, slices = dist.get_rank() if dist.is_initialized() else 0, Path(f"{out}.partial"), Path(f"{out}.sharded")
+    state = state_of(model, ema, optimizer)
+    if not fsdp:
+        if rank == 0:
+            with common.writing(partial_file) as f:
+                torch.save(state | dict(step=step, config=config), f)
+            shutil.rmtree(slices, ignore_errors=True)
+        return
+    whole, unfinished = slices / f"{step:08d}", slices / f"{step:08d}.tmp"
+    if rank == 0:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.rmtree(whole, ignore_errors=True)
+    dist.barrier()
+    dcp.save(state, checkpoint_id=unfinished)
+    if rank == 0:
+        with common.writing(unfinished / "step.json") as f:
+            f.write(json.dumps(dict(step=step, config=config)).encode())
+        os.rename(unfinished, whole)
+        for other in (found for found in slices.iterdir() if found != whole):
+            shutil.rmtree(other)
+        partial_file.unlink(missing_ok=True)
+    dist.barrier()
+
+
+def newest_slices(out):
+    """The folder OUT.sharded/STEP that is whole and furthest, or None."""
+    found = [path.parent for path in Path(f"{out}.sharded").glob("*/step.json") if path.parent.name.isdigit()]
+    return max(found, default=None)
+
+
+def resume(out, config, model, ema, optimizer):
+    """Load what is there; returns the steps done: 0 at the start, None if OUT is finished. Dies if it was trained otherwise."""
+    slices, unfinished = newest_slices(out), Path(f"{out}.partial")
+    found = next((path for path in (out, slices, unfinished) if path and path.exists()), None)
+    if found is None:
+        return 0
+    state = common.read_json(slices / "step.json", "training.py") if found == slices else common.read_checkpoint(found)
+    other = [key for key in config if config[key] != state["config"].get(key)]
+    if other:
+        common.die(f"{found} was trained with another {', '.join(other)}; give another --out or delete it")
+    if found == out:
+        print(f"{out} is there already, {state['step']} steps")
+        return None
+    if found == slices:
+        state |= state_of(model, ema, optimizer)
+        dcp.load({key: state[key] for key in ("model", "ema", "optimizer")}, checkpoint_id=slices)
+    options = StateDictOptions(full_state_dict=found == unfinished)
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=options)
+    set_model_state_dict(ema, state["ema"], options=options)
+    return state["step"]
+
+
+def export(slices, out):
+    """OUT.sharded/STEP, as save() wrote it with any number of processes -> one plain .pt as without --fsdp."""
+    about, merged = common.read_json(slices / "step.json", "training.py --fsdp"), slices / "merged.tmp"
+    dcp_to_torch_save(slices, merged)
+    with common.writing(out) as f:
+        torch.save(torch.load(merged, weights_only=True) | about, f)
+    merged.unlink()
+
+
+if __name__ == "__main__":
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("slices", type=Path, help="OUT.sharded/STEP")
+    p.add_argument("out", type=Path, help=".pt to write")
+    export(**vars(p.parse_args()))
