@@ -331,7 +331,8 @@ def plot_sweep(path, rows):
     for axes, kind, what in zip(panels, ("pca", "kmeans"), ("principal components of y", "clusters of y")):
         for colour, steps in enumerate(sorted({row["trained"] for row in rows if "trained" in row})):
             told_of = {name: int(name.removeprefix(kind)) for name in SWEEP if name.startswith(kind)}
-            axes.plot(told_of.values(), [fid[f"{name}_{steps}"] for name in told_of], "o-", color=f"C{colour}", label=f"{steps} steps")
+            curve = [fid[f"{name}_{steps}"] for name in told_of]
+            axes.plot(told_of.values(), curve, "o-", color=f"C{colour}", label=f"{steps} steps")
             for name, style in (("none", "--"), ("film", ":")):
                 axes.axhline(fid[f"{name}_{steps}"], color=f"C{colour}", linestyle=style,
                              label=f"{steps} steps, told {dict(none='nothing', film='all of y')[name]}")

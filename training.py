@@ -113,8 +113,6 @@ def train_images(args, data, pairs):
 
     show = partial(preview, args, config, data)
     train(args, config, model, PairBatches(args, data, pairs, rank, world), loss_of, show)
-    if rank == 0:
-        print(f"preview: {args.out.with_suffix('.png')}; next: python 05_sample.py --data {args.data} --checkpoint {args.out}")
 
 
 def preview(args, config, data, model, device, rank):
@@ -262,7 +260,7 @@ def train(args, config, model, batches, loss_of, show=lambda ema, device, rank: 
             shutil.rmtree(slices.parent)
         else:
             os.replace(f"{args.out}.partial", args.out)
-        print(f"wrote {args.out} and {log}")
+        print(f"wrote {args.out} and {log.name}")
     if world > 1:
         dist.barrier()                                                 # OUT is there for all ranks
 

@@ -10,6 +10,7 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 import common  # noqa: E402
+import training  # noqa: E402
 
 
 @pytest.fixture
@@ -34,7 +35,7 @@ def tiny_data(tmp_path):
 def train_args(tiny_data):
     """train_args("--steps", "6", ...): the arguments of a training script run on tiny_data with a small network."""
     def make(*flags):
-        p = common.training_parser("")
+        p = training.training_parser("")
         args = common.parse(p, ["--data", str(tiny_data), "--device", "cpu", "--batch", "4", *flags])
         args.channels, args.blocks, args.sample_steps = (16, 32), (1, 1), 2
         args.out = args.out or tiny_data / "model.pt"

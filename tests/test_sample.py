@@ -8,6 +8,7 @@ from pathlib import Path
 import common
 import numpy as np
 import pytest
+import training
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
@@ -19,7 +20,7 @@ def folder(tiny_data, train_args):
     """tiny_data with a pairs.pt of three steps; its learning rate is high so that the condition matters already."""
     args = train_args("--steps", "3", "--lr", "0.02", "--out", str(tiny_data / "pairs.pt"))
     args.warmup = 1
-    common.train(args, common.Data(tiny_data), common.read_array(tiny_data / "pairs.npy"))
+    training.train_images(args, common.Data(tiny_data), common.read_array(tiny_data / "pairs.npy"))
     return tiny_data
 
 
