@@ -229,3 +229,60 @@ def test_writing_is_all_or_nothing(tmp_path):
     with pytest.raises(SystemExit):
         with common.writing("/proc/no/such/folder/a"):
             pass
+
+
+# The script sys.argv[2] with a small network, in a process that dies, if it is not 0, at step sys.argv[1].
+WRAPPER = """import common, os, runpy, sys, training
+common.PRESETS["digits16"] |= dict(channels=(16, 32), blocks=(1, 1))
+real_update, dies_at = training.update_ema, int(sys.argv[1])
+def update_ema(ema, model, step, decay):
+    real_update(ema, model, step, decay)
+    if step + 1 == dies_at:
+        os._exit(9)
+training.update_ema, sys.argv = update_ema, sys.argv[2:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_sharded_training_and_resuming_on_another_number_of_processes(tiny_data, train_args):
+    """--fsdp on two gloo processes ends where one plain process does; its slices resume anywhere, and export() makes them plain."""
+    (tiny_data / "wrapper.py").write_text(WRAPPER)
+    flags = ["--device", "cpu", "--batch", "4", "--steps", "4", "--lr", "1e-4", "--save-every", "2", "--sample-steps", "1"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+    def train(out, dies_at, *options):
+        engine = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29519"] if options else []
+        command = [*engine, tiny_data / "wrapper.py", dies_at, ROOT / "03_train_recon.py", "--data", tiny_data, *flags, *options]
+        return subprocess.run([sys.executable, *map(str, command), "--out", out], cwd=ROOT, env=env).returncode
+    whole, sharded, cut = (tiny_data / f"{name}.pt" for name in ("whole", "sharded", "cut"))
+    assert train(whole, 0) == 0
+    assert train(sharded, 0, "--fsdp", "--recompute", "--accumulate", "2") == 0
+    assert train(cut, 3, "--fsdp") != 0
+    slices = Path(f"{cut}.sharded/00000002")
+    assert not cut.exists() and training.newest_slices(cut) == slices
+    training.export(slices, tiny_data / "early.pt")
+    early = common.read_checkpoint(tiny_data / "early.pt")
+    assert early["step"] == 2
+    assert train(cut, 0) == 0                                                            # two ranks' slices, one plain process
+    assert not slices.parent.exists() and not Path(f"{cut}.partial").exists()
+    whole, sharded, cut = (common.read_checkpoint(path) for path in (whole, sharded, cut))
+    for other in (sharded, cut):
+        assert other["config"] == whole["config"] and other["step"] == 4
+        assert other["optimizer"]["state"].keys() == whole["optimizer"]["state"].keys()
+        for part in ("model", "ema"):
+            for name in whole[part]:
+                torch.testing.assert_close(other[part][name], whole[part][name], atol=1e-5, rtol=1e-4)
+    assert any(not torch.equal(early["model"][name], whole["model"][name]) for name in whole["model"])
+
+
+def test_recomputed_blocks_give_the_same_weights(train_args):
+    plain, again = (run(train_args("--steps", "2", *flags, "--out", str(train_args().data / f"{len(flags)}.pt")))
+                    for flags in ((), ("--recompute",)))
+    for name in plain["model"]:
+        torch.testing.assert_close(plain["model"][name], again["model"][name], atol=1e-6, rtol=1e-5)
+
+
+def test_fsdp_without_torchrun_is_one_line(train_args, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run(train_args("--fsdp"))
+    assert stop.value.code == 2 and "torchrun" in capsys.readouterr().err
