@@ -259,8 +259,8 @@ def test_two_processes_write_what_one_does(tmp_path, monkeypatch, capfd):
     """1,192 and 2,400 real images, 1,200 samples: two and three chunks of distances, more of the covariance. Bit for bit."""
     write_folder(tmp_path, per_page=450, k=150)
     command = [ROOT / "06_fewshot_metrics.py", "--data", tmp_path, "--device", "cpu", "--out"]
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *command, tmp_path / "two"],
-                   env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, timeout=120)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    subprocess.run([*torchrun, *command, tmp_path / "two"], env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, timeout=120)
     two, threads = capfd.readouterr().out, torch.get_num_threads()
     monkeypatch.setattr(sys, "argv", [*map(str, command), str(tmp_path / "one")])
     torch.set_num_threads(1)

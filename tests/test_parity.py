@@ -1,11 +1,11 @@
 """06_fewshot_metrics.py against other people's code and other formulas: prdc, torch-fidelity, closed forms, plain numpy.
 
 The packages are optional (requirements-dev.txt). Where the definitions agree, and where not:
-  precision, recall   All three count the k-th nearest *other* point. "Within reach" is <= in the paper, in torch-fidelity and here,
-                      < in prdc. They differ at exact ties alone, which features have only if both sets share images; so the
-                      features here have none, and are float64: no rounding decides an edge.
-  FID                 The same formula. torch-fidelity takes eigenvalues of S_x S_y, whose rounding leaves about 6 digits when n < d.
-  KID                 torch-fidelity averages over random subsets of one size. One subset of n = m is the whole: the same estimator.
+  precision, recall  All count the k-th nearest *other* point. "Within reach" is <= in the paper, in torch-fidelity and here,
+                     < in prdc. They differ at exact ties only, which features have only if both sets share images. The features
+                     here have none, and are float64: no rounding decides an edge.
+  FID                The same formula. torch-fidelity takes eigenvalues of S_x S_y: about 6 digits are left of them when n < d.
+  KID                torch-fidelity averages over random subsets of one size. One subset of n = m is all: the same estimator.
 """
 import importlib
 
@@ -69,20 +69,24 @@ def test_precision_and_recall_are_those_of_prdc(sets):
     assert (ours["precision"], ours["recall"]) == (theirs["precision"], theirs["recall"])
 
 
+def torch_fidelity_precision_recall(fake, real):
+    found = peer("torch_fidelity.metric_prc").prc_features_to_metric(
+        torch.from_numpy(fake), torch.from_numpy(real), prc_neighborhood=metrics.NEIGHBOURS, verbose=False)
+    return pytest.approx((found["precision"], found["recall"]), abs=1e-6)                              # shares in float32
+
+
 def test_precision_and_recall_are_those_of_torch_fidelity(sets):
-    fake, real = map(torch.from_numpy, sets)
-    theirs = peer("torch_fidelity.metric_prc").prc_features_to_metric(fake, real, prc_neighborhood=metrics.NEIGHBOURS, verbose=False)
     ours = compare(*sets)
-    assert (ours["precision"], ours["recall"]) == pytest.approx((theirs["precision"], theirs["recall"]), abs=1e-7)  # float32 mean
+    assert (ours["precision"], ours["recall"]) == torch_fidelity_precision_recall(*sets)
 
 
-def test_on_the_edge_prdc_says_outside():
-    """Real features 0, 1, 2, 3: the outer two reach 3. Samples at -3 and 6 are on an edge, at -4 and 7 beyond: 1/2 with <=, 0 with <."""
-    real, fake = np.arange(4.0)[:, None], np.array([[-3.0], [6], [-4], [7]])
-    assert compare(fake, real)["precision"] == 0.5
+def test_on_the_edge_prdc_says_outside_and_torch_fidelity_within():
+    """Of 0, 1, 2, 3, 4 the outer two reach 3. -3 and 7 lie on their edges, the other samples beyond: 2/5 with <=, 0 with <."""
+    real, fake = np.arange(5.0)[:, None], np.array([[-3.0], [7], [-4], [8], [20]])
+    ours = compare(fake, real)
+    assert ours["precision"] == 0.4
+    assert (ours["precision"], ours["recall"]) == torch_fidelity_precision_recall(fake, real)
     assert peer("prdc").compute_prdc(real, fake, nearest_k=3)["precision"] == 0
-    theirs = peer("torch_fidelity.metric_prc").prc_features_to_metric(torch.from_numpy(fake), torch.from_numpy(real), verbose=False)
-    assert theirs["precision"] == 0.5
 
 
 def test_fid_is_that_of_torch_fidelity(sets):
