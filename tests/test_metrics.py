@@ -255,6 +255,16 @@ def test_command_line(folder):
     assert table[3][:6] == "unseen pairs 2 0 40 16".split()
 
 
+def test_a_folder_that_holds_nothing_out_says_so(folder, monkeypatch, capsys):
+    np.save(folder / "split.npy", np.zeros(72, np.uint8))
+    monkeypatch.setattr(sys, "argv", ["06_fewshot_metrics.py", "--data", str(folder), "--device", "cpu"])
+    metrics.main()
+    assert "holds nothing out" in capsys.readouterr().out
+    rows = json.loads((folder / "metrics.json").read_text())
+    assert [(row["reference"], row["model"], row["m"]) for row in rows] == [
+        ("all", "pairs", 64), ("all", "pairs", 64), ("all", "recon", 64)]
+
+
 def test_two_processes_write_what_one_does(tmp_path, monkeypatch, capfd):
     """1,192 and 2,400 real images, 1,200 samples: two and three chunks of distances, more of the covariance. Bit for bit."""
     write_folder(tmp_path, per_page=450, k=150)
