@@ -15,11 +15,14 @@ FID and KID are in this encoder's features, not Inception's: compare them within
 References never contain a conditioning image, so a copier earns nothing by them:
   unseen     the other held-out images
   seen       the training images on the pages of the conditions, if there are any (none for the digits): memorising helps here
-"real (train)" scores training images as if they were samples: what a perfect model would reach. Runs on the CPU, in chunks.
+"real (train)" scores training images as if they were samples: what a perfect model would reach.
+
+Work goes by chunks of rows, which the processes of torchrun share; the metrics do not depend on how many they are.
 
     python 01_embed.py --data runs/digits16 --images S/samples.npy --out S --cls-only    # S = runs/digits16/samples/pairs_w1
     python 06_fewshot_metrics.py                                       # all of runs/digits16/samples, about 1 s a folder
-    python 06_fewshot_metrics.py --data runs/emoji64 --samples runs/emoji64/samples/pairs_w*
+    python 06_fewshot_metrics.py --data runs/emoji64 --samples runs/emoji64/samples/pairs_w*      # on a GPU if there is one
+    torchrun --nproc-per-node=8 06_fewshot_metrics.py --data runs/imagenet
 """
 import json
 import math
@@ -27,24 +30,36 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 
 import common
 
 CHUNK, NEIGHBOURS = 1024, 3   # rows at a time; k of precision and recall
 
 
+def over_chunks(f, x, size):
+    """The tensors f(rows) for all slices of `size` rows of x, a list. A process of torchrun computes its share and gets all."""
+    chunks = [slice(start, start + size) for start in range(0, len(x), size)]
+    if not dist.is_initialized():
+        return [f(rows) for rows in chunks]
+    rank, world = dist.get_rank(), dist.get_world_size()
+    shares = [None] * world
+    dist.all_gather_object(shares, [f(rows).cpu() for rows in chunks[rank::world]])
+    return [shares[i % world][i // world].to(x.device) for i in range(len(chunks))]
+
+
 def moments(x):
     """Mean [d] and a root R [min(n, d), d] of the covariance of features [n, d], R^T R = S, in float64.
 
-    The centred rows over sqrt(n - 1) are such a root. QR keeps X^T X while it shortens X, so d rows are enough (TSQR).
+    The centred rows over sqrt(n - 1) are such a root. QR keeps X^T X and leaves d rows: of each part, then of the parts (TSQR).
     """
+    def shorten(rows):
+        return torch.linalg.qr(rows, mode="r").R if len(rows) > x.shape[1] else rows
+
     mean = sum(part.double().sum(0) for part in x.split(CHUNK)) / len(x)
-    root = mean.new_zeros(0, x.shape[1])
-    for part in x.split(2 * x.shape[1]):
-        root = torch.cat([root, part.double() - mean])
-        if len(root) > x.shape[1]:
-            root = torch.linalg.qr(root, mode="r").R
-    return mean, root / math.sqrt(len(x) - 1)
+    parts = over_chunks(lambda rows: shorten(x[rows].double() - mean), x, 4 * x.shape[1])
+    return mean, shorten(torch.cat(parts)) / math.sqrt(len(x) - 1)
 
 
 def frechet_distance(x, y):
@@ -60,14 +75,16 @@ def frechet_distance(x, y):
 
 def kernel_mean(x, y=None):
     """Mean of k(a, b) = (a.b / d + 1)^3 over a in x [n, d], b in y [m, d]; without y, over all a != b in x. Sums in float64."""
-    total, n, d = 0.0, len(x), x.shape[1]
-    for start in range(0, n, CHUNK):
-        part = x[start:start + CHUNK]
-        k = (part @ (x[start:] if y is None else y).T / d + 1).pow_(3) # [c, m]; without y only [c, n - start], k is symmetric
-        total += k.sum(dtype=torch.float64).item() * (2 if y is None else 1)
-        if y is None:                                                  # the square on the diagonal once, the diagonal not at all
-            total -= (k[:, :len(part)].sum(dtype=torch.float64) + k.diagonal().sum(dtype=torch.float64)).item()
-    return total / (n * (n - 1 if y is None else len(y)))
+    def chunk_sum(rows):
+        k = (x[rows] @ (x[rows.start:] if y is None else y).T / x.shape[1] + 1).pow_(3)     # [c, m]; without y [c, n - start]
+        total = k.sum(dtype=torch.float64)
+        if y is None:                                                  # k is symmetric: all of it twice, but the square on the
+            square = k[:, :len(k)]                                     # diagonal once, and the diagonal not at all
+            total = 2 * total - square.sum(dtype=torch.float64) - square.diagonal().sum(dtype=torch.float64)
+        return total
+
+    pairs = len(x) * (len(x) - 1 if y is None else len(y))
+    return float(sum(over_chunks(chunk_sum, x, CHUNK))) / pairs
 
 
 def squared_distances(x, y):
@@ -78,34 +95,37 @@ def squared_distances(x, y):
 def squared_reach(x):
     """Squared distance of each row of x [n, d] to its k-th nearest other row, [n]: the k + 1 smallest include its own, 0."""
     x = x - x.mean(0)
+
+    def smallest(d2):                                                  # [c, m] -> [c, k + 1], infinite where m is less
+        found = d2.topk(min(NEIGHBOURS + 1, d2.shape[1]), largest=False).values
+        return F.pad(found, (0, NEIGHBOURS + 1 - found.shape[1]), value=torch.inf)
+
+    def near(rows):                                                    # to these rows and to those after them, [n - start, k + 1]
+        d2 = squared_distances(x[rows], x[rows.start:])                # [c, n - start]; the rest is symmetric
+        return torch.cat([smallest(d2), smallest(d2[:, len(d2):].T)])
+
     nearest = x.new_full((len(x), NEIGHBOURS + 1), torch.inf)
-
-    def closer(rows, d2):
-        nearest[rows] = torch.cat([nearest[rows], d2], 1).topk(NEIGHBOURS + 1, largest=False).values
-
-    for start in range(0, len(x), CHUNK):
-        end = start + CHUNK
-        d2 = squared_distances(x[start:end], x[start:])                # [c, n - start]; the rest is symmetric
-        closer(slice(start, end), d2)
-        if end < len(x):
-            closer(slice(end, None), d2[:, CHUNK:].T)
+    for found in over_chunks(near, x, CHUNK):
+        nearest[-len(found):] = smallest(torch.cat([nearest[-len(found):], found], 1))
     return nearest[:, -1]
 
 
 def precision_recall(real, fake, reach_real, reach_fake):
     """Precision and recall in [0, 1] of fake [n, d] against real [m, d]; reach: squared_reach() of each. <= as in the paper."""
     real, fake = real - real.mean(0), fake - real.mean(0)
-    within, covered = torch.zeros(len(fake), dtype=torch.bool), 0
-    for part, reach in zip(real.split(CHUNK), reach_real.split(CHUNK)):
-        d2 = squared_distances(part, fake)                             # [c, n]
-        within |= (d2 <= reach[:, None]).any(0)
-        covered += int((d2 <= reach_fake).any(1).sum())
-    return int(within.sum()) / len(fake), covered / len(real)
+
+    def reached(rows):                                                 # the samples by these rows [n], and these by samples [c]
+        d2 = squared_distances(real[rows], fake)                       # [c, n]
+        return torch.cat([(d2 <= reach_real[rows, None]).any(0), (d2 <= reach_fake).any(1)])
+
+    parts = over_chunks(reached, real, CHUNK)
+    within, covered = torch.stack([part[:len(fake)] for part in parts]).any(0), torch.cat([part[len(fake):] for part in parts])
+    return int(within.sum()) / len(fake), int(covered.sum()) / len(real)
 
 
-def statistics(features):
+def statistics(features, device="cpu"):
     """What a set [n, d] brings to every comparison, computed once: features, moments, mean kernel, reach."""
-    x = torch.from_numpy(np.array(features))
+    x = torch.from_numpy(np.array(features)).to(device)
     return dict(x=x, moments=moments(x), kernel=kernel_mean(x), reach=squared_reach(x))
 
 
@@ -118,7 +138,7 @@ def compare(real, fake):
 
 def copy_score(cls, features, conditions):
     """Mean cosine of features [n k, d] to those of their own conditioning images, cls[conditions], conditions [n]."""
-    own = torch.from_numpy(cls[np.repeat(conditions, len(features) // len(conditions))])
+    own = torch.from_numpy(cls[np.repeat(conditions, len(features) // len(conditions))]).to(features.device)
     return float(torch.cosine_similarity(features, own).double().mean())
 
 
@@ -130,7 +150,6 @@ def references(data, conditions):
     real = ~(np.char.startswith(data.names, "stranger: ") | np.char.startswith(data.names, "near-duplicate: "))
     real[conditions] = False
     if not (data.split == 1).any():
-        print(f"{data.folder} holds nothing out: the reference is all of it but the conditioning images, trained on or not")
         return dict(all=np.flatnonzero(real)), np.zeros(0, np.int64)
     train, on_page = real & (data.split == 0), np.isin(data.pages, data.pages[conditions])
     sets = dict(unseen=np.flatnonzero(real & (data.split == 1)), seen=np.flatnonzero(train & on_page))
@@ -184,11 +203,14 @@ def read_samples(folder, data):
 
 
 def main():
-    p = common.parser(__doc__, device=False, seed=False)
+    p = common.parser(__doc__, seed=False)
     p.add_argument("--samples", type=Path, nargs="+", dest="folders", metavar="DIR",
                    help="sample folders (default: DATA/samples/*)")
     p.add_argument("--out", type=Path, help="folder for metrics.json and metrics.png (default DATA)")
     args = common.parse(p)
+    device, rank, _ = common.start(args.device)
+    device = torch.device("cpu") if device.type == "mps" else device   # MPS has no float64
+    torch.set_float32_matmul_precision("highest")                      # not TF32, as start() allows: distances are differences
     data, out = common.Data(args.data), args.out or args.data
     folders = args.folders or sorted(found.parent for found in (args.data / "samples").glob("*/cls.npy"))
     if not folders:
@@ -199,7 +221,9 @@ def main():
     if len(conditions) and (data.split == 1).any():                    # with none at all, every held-out image is a reference
         conditions = np.union1d(conditions, data.conditions())
     sets, train = references(data, conditions)
-    real = {name: statistics(data.cls[indices]) for name, indices in sets.items() if len(indices) > NEIGHBOURS}
+    if rank == 0 and "all" in sets:
+        print(f"{data.folder} holds nothing out: the reference is all of it but the conditioning images, trained on or not")
+    real = {name: statistics(data.cls[indices], device) for name, indices in sets.items() if len(indices) > NEIGHBOURS}
     if not real:
         common.die(f"{data.folder} has too few images besides its {len(conditions)} conditioning ones to compare with")
 
@@ -207,12 +231,14 @@ def main():
     train = np.random.default_rng(0).permutation(train)[:max(len(features) for _, features, *_ in samples)]
     if "unseen" in real and len(train) > NEIGHBOURS:
         rows.append(dict(reference="unseen", model="real (train)", guidance=None, seed=None, encoder=name, copy=None,
-                         **compare(real["unseen"], statistics(data.cls[np.sort(train)]))))
-    for folder, features, own, made in common.progress(samples, unit="set"):
-        fake = statistics(features)
+                         **compare(real["unseen"], statistics(data.cls[np.sort(train)], device))))
+    for folder, features, own, made in common.progress(samples, rank, unit="set"):
+        fake = statistics(features, device)
         copy = copy_score(data.cls, fake["x"], own) if len(own) else None
         rows += [dict(made, reference=reference, encoder=name, folder=str(folder), copy=copy, **compare(real[reference], fake))
                  for reference in real]
+    if rank > 0:
+        return
     rows.sort(key=lambda row: (list(real).index(row["reference"]), "folder" in row, row["model"], row["guidance"] or 0))
 
     with common.writing(out / "metrics.json") as f:

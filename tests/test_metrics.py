@@ -1,6 +1,7 @@
 """06_fewshot_metrics.py: FID, KID, precision and recall against independent formulas, the references, the command line."""
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -149,6 +150,32 @@ def test_the_size_of_a_chunk_changes_nothing(monkeypatch):
         assert (parts["precision"], parts["recall"]) == (whole["precision"], whole["recall"])
 
 
+def test_processes_share_the_chunks(monkeypatch):
+    """The second of three processes computes chunks 1 and 4 of five, and has all five in order."""
+    x, computed = torch.arange(46.0)[:, None], []
+    chunks = x.split(10)
+
+    def gather(shares, own):
+        torch.testing.assert_close(own, [chunks[1], chunks[4]])
+        shares[:] = [[chunks[0], chunks[3]], own, [chunks[2]]]
+
+    for name, value in dict(is_initialized=True, get_rank=1, get_world_size=3).items():
+        monkeypatch.setattr(metrics.dist, name, lambda value=value: value)
+    monkeypatch.setattr(metrics.dist, "all_gather_object", gather)
+    parts = metrics.over_chunks(lambda rows: computed.append(rows) or x[rows], x, 10)
+    assert computed == [slice(10, 20), slice(40, 50)]
+    torch.testing.assert_close(parts, list(chunks))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_computes_the_same():
+    rng = np.random.default_rng(11)
+    x, y = features(rng, 1300, 40).astype(float), features(rng, 1500, 40, 1.2, 0.1).astype(float)
+    cpu, gpu = (metrics.compare(metrics.statistics(y, device), metrics.statistics(x, device)) for device in ("cpu", "cuda"))
+    assert gpu == pytest.approx(cpu, rel=1e-9)
+    assert (gpu["precision"], gpu["recall"]) == (cpu["precision"], cpu["recall"])
+
+
 def test_copy_score_is_of_the_own_condition():
     rng = np.random.default_rng(9)
     cls = rng.normal(size=(10, 6)).astype(np.float32)
@@ -163,7 +190,7 @@ def fake_data(pages, split, names=None):
     return SimpleNamespace(folder="here", pages=np.array(pages), split=np.array(split), names=names)
 
 
-def test_references(capsys):
+def test_references():
     #                0  1  2  3  4  5  6  7  8  9
     names = ["stranger: x"] + 8 * ["x"] + ["near-duplicate: x"]
     data = fake_data([0, 0, 0, 0, 1, 1, 1, 2, 2, 2], [0, 0, 1, 1, 0, 1, 1, 0, 0, 0], names)
@@ -174,31 +201,35 @@ def test_references(capsys):
     sets, train = metrics.references(data, np.array([0, 2]))
     assert sets["unseen"].tolist() == [1, 3] and not len(sets["seen"]) and train.tolist() == [4, 5]
     sets, train = metrics.references(fake_data([0, 0, 0, 1], [0, 0, 0, 0]), np.array([1]))
-    assert sets["all"].tolist() == [0, 2, 3] and not len(train) and "holds nothing out" in capsys.readouterr().out
+    assert sets["all"].tolist() == [0, 2, 3] and not len(train)
 
 
-@pytest.fixture
-def folder(tmp_path):
-    """Eight pages of nine images, three of each held out; three sample folders: two guidances of a model, one of another."""
-    rng, n, d = np.random.default_rng(10), 72, 12
-    pages = np.repeat(np.arange(8), 9)
-    cls, split = features(rng, n, d) + rng.normal(size=(8, d))[pages], (np.arange(n) % 9 >= 6)
+def write_folder(folder, per_page, k):
+    """Eight pages of images, a third of each held out; three sample folders, k of each condition."""
+    rng, n, d = np.random.default_rng(10), 8 * per_page, 12
+    pages, first = np.repeat(np.arange(8), per_page), per_page * 2 // 3
+    cls, split = features(rng, n, d) + rng.normal(size=(8, d))[pages], (np.arange(n) % per_page >= first)
     arrays = dict(cls=cls.astype(np.float32), pages=pages.astype(np.int32), split=split.astype(np.uint8),
                   names=np.array([f"image {i}" for i in range(n)]), images=np.zeros((n, 2, 2, 3), np.uint8),
                   tokens=np.zeros((n, 1, 2), np.float16))
     for name, array in arrays.items():
-        np.save(tmp_path / f"{name}.npy", array)
+        np.save(folder / f"{name}.npy", array)
     encoder = dict(name="test", px=8, size=2, dim=d, tokens=[1, 2])
-    (tmp_path / "data.json").write_text(json.dumps(dict(preset="digits16", encoder=encoder)))
-    conditions = np.arange(6, n, 9)                                              # the first held-out image of each page
+    (folder / "data.json").write_text(json.dumps(dict(preset="digits16", encoder=encoder)))
+    conditions = np.arange(first, n, per_page)                                   # the first held-out image of each page
     for name, model, guidance, spread in (("a", "recon", 1.0, 0.1), ("b", "pairs", 2.0, 0.5), ("c", "pairs", 0.0, 1.0)):
-        made = tmp_path / "samples" / name
+        made = folder / "samples" / name
         made.mkdir(parents=True)
         np.save(made / "conditions.npy", conditions)
-        np.save(made / "cls.npy", (np.repeat(cls[conditions], 5, 0) + spread * rng.normal(size=(40, d))).astype(np.float32))
+        np.save(made / "cls.npy", (np.repeat(cls[conditions], k, 0) + spread * rng.normal(size=(8 * k, d))).astype(np.float32))
         (made / "data.json").write_text(json.dumps(dict(preset="digits16", encoder=dict(encoder, tokens=None))))
         how = dict(model=model, checkpoint="x.pt", step=5, guidance=guidance, sample_steps=9, seed=0)
         (made / "samples.json").write_text(json.dumps(how))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_folder(tmp_path, per_page=9, k=5)
     return tmp_path
 
 
@@ -222,6 +253,36 @@ def test_command_line(folder):
     table = [line.split() for line in done.stdout.splitlines()]
     assert table[0] == "reference model guidance seed n m fid kid precision recall copy".split()
     assert table[3][:6] == "unseen pairs 2 0 40 16".split()
+
+
+def test_a_folder_that_holds_nothing_out_says_so(folder, monkeypatch, capsys):
+    np.save(folder / "split.npy", np.zeros(72, np.uint8))
+    monkeypatch.setattr(sys, "argv", ["06_fewshot_metrics.py", "--data", str(folder), "--device", "cpu"])
+    metrics.main()
+    assert "holds nothing out" in capsys.readouterr().out
+    rows = json.loads((folder / "metrics.json").read_text())
+    assert [(row["reference"], row["model"], row["m"]) for row in rows] == [
+        ("all", "pairs", 64), ("all", "pairs", 64), ("all", "recon", 64)]
+
+
+def test_two_processes_write_what_one_does(tmp_path, monkeypatch, capfd):
+    """1,192 and 2,400 real images, 1,200 samples: two and three chunks of distances, more of the covariance. Bit for bit."""
+    write_folder(tmp_path, per_page=450, k=150)
+    command = [ROOT / "06_fewshot_metrics.py", "--data", tmp_path, "--device", "cpu", "--out"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    subprocess.run([*torchrun, *command, tmp_path / "two"], env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, timeout=120)
+    two, threads = capfd.readouterr().out, torch.get_num_threads()
+    monkeypatch.setattr(sys, "argv", [*map(str, command), str(tmp_path / "one")])
+    torch.set_num_threads(1)
+    metrics.main()
+    torch.set_num_threads(threads)
+    assert two.replace(f"{tmp_path}/two", f"{tmp_path}/one") == capfd.readouterr().out                 # once, not by each process
+    assert sorted(file.name for file in (tmp_path / "two").iterdir()) == ["metrics.json", "metrics.png", "metrics.txt"]
+    for name in ("metrics.json", "metrics.txt"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
+    rows = json.loads((tmp_path / "two" / "metrics.json").read_text())
+    assert [(row["n"], row["m"]) for row in rows] == 4 * [(1200, 1192)] + 3 * [(1200, 2400)]
+    assert len({row["precision"] for row in rows}) > 3 and len({row["recall"] for row in rows}) > 3
 
 
 @pytest.mark.parametrize("flaw, words", [
