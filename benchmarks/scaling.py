@@ -359,8 +359,8 @@ def parse(argv=None):
     p.add_argument("--rows", type=float, default=50e6, help="images, and pairs")
     p.add_argument("--write", type=Path, metavar="PAGE", help="replace the tables between the markers of this page")
     args = p.parse_args(argv)
-    numbers = (*args.tokens, args.cls, *args.gpus, args.memory, args.usable, args.peak, args.mfu, args.nvlink, args.network, args.rows)
-    if min(numbers) <= 0:
+    sizes, speeds = (*args.tokens, args.cls, *args.gpus, args.memory, args.rows), (args.peak, args.nvlink, args.network)
+    if min(*sizes, *speeds, args.usable, args.mfu) <= 0:
         p.error("every number must be above 0")
     if args.write and not args.write.is_file():
         p.error(f"{args.write} is not a page; give docs/scaling.md")
