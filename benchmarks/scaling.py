@@ -299,7 +299,10 @@ def reading(args, counts):
 def commands(args, counts):
     """torchrun lines of one node and of many; the flags are those of the plan."""
     def training(preset, n):
-        engine, made = best(args, counts[preset], common.PRESETS[preset]["batch"], n)
+        found = best(args, counts[preset], common.PRESETS[preset]["batch"], n)
+        if found is None:
+            return f"# does not fit into {args.memory:g} GiB"
+        engine, made = found
         return f"--workers 8 --save-every 2500{' --compile' * (not engine[0])}{flags(*engine, made['accumulate'])}"
 
     nodes = 8

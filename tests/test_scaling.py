@@ -85,7 +85,10 @@ def test_the_plan_fits_and_divides_the_batch():
     assert found["compute"] == pytest.approx(96 * 3e9 / (8 * args.mfu * args.peak))
     assert scaling.plan(args, TOY, 96, 8, False, True)["micro"] == 12    # a quarter of the activations
     assert scaling.plan(args, TOY, 96, 64, False, False) is None         # 96 images do not divide by 64
-    assert scaling.plan(scaling.parse(["--memory", "1e-5"]), TOY, 96, 8, False, False) is None
+    tiny = scaling.parse(["--memory", "1e-5"])
+    assert scaling.plan(tiny, TOY, 96, 8, False, False) is None
+    counts = dict.fromkeys(scaling.PAPERS, TOY)
+    assert scaling.hours(tiny, counts).count("| - ") == 8 and scaling.commands(tiny, counts).count("# does not fit") == 6
 
 
 @pytest.mark.parametrize("flags", [["--gpus", "8", "0"], ["--mfu", "-1"], ["--write", "no/such/page.md"]])
