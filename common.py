@@ -19,6 +19,7 @@ import math
 import os
 import shutil
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -441,7 +442,7 @@ def start(device):
         torch.cuda.set_device(local)
         torch.set_float32_matmul_precision("high")                     # TF32 for what stays in float32
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(hours=1))
     return torch.device(device), rank, world
 
 

@@ -190,7 +190,7 @@ def train(args, config, model, batches, loss_of, show=lambda ema, device, rank: 
         torch._dynamo.config.suppress_errors = True                    # says what it cannot compile, and runs that as it is
     net = torch.compile(model) if args.compile else model
     if world > 1 and not args.fsdp:
-        net = DistributedDataParallel(net)
+        net = DistributedDataParallel(net, gradient_as_bucket_view=True)
     loader = torch.utils.data.DataLoader(batches, batch_size=None, sampler=range(first, args.steps), num_workers=args.workers,
                                          pin_memory=device.type == "cuda")
     stop, losses, bins, clock = [], [], torch.zeros(2, 5, device=device), time.perf_counter()
@@ -200,9 +200,8 @@ def train(args, config, model, batches, loss_of, show=lambda ema, device, rank: 
         batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
         for part in range(args.accumulate):
             b, last = {key: value[part::args.accumulate] for key, value in batch.items()}, part == args.accumulate - 1
-            if args.fsdp:
-                model.set_requires_gradient_sync(last)                   # sum over ranks once a step, at the end
-            with net.no_sync() if world > 1 and not args.fsdp and not last else contextlib.nullcontext():
+            waits = world > 1 and not args.fsdp and not last           # DDP sums over ranks once a step, at the end; FSDP2 each
+            with net.no_sync() if waits else contextlib.nullcontext():  # time, so that no rank keeps a whole network's gradients
                 with common.autocast(device, args.amp):
                     loss = loss_of(net, **b)                           # [b]
                 (loss.mean() / args.accumulate).backward()

@@ -30,7 +30,7 @@ GiB = 2 ** 30
 NODE = 8                                                               # GPUs a node
 BLOCKS = common.ResBlock, common.TransformerBlock                      # what --fsdp gathers, and --recompute repeats, one by one
 ENGINES = [(fsdp, recompute) for fsdp in (False, True) for recompute in (False, True)]
-WEIGHT, GRADIENT, BUCKET, ADAM, EMA = 4, 4, 4, 8, 4                    # bytes a parameter; DDP copies gradients into buckets
+WEIGHT, GRADIENT, ADAM, EMA = 4, 4, 8, 4                               # bytes a parameter, all float32
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Counting.
@@ -138,23 +138,19 @@ def count(preset, token_shape, cls_dim):
 # What follows from the counts.
 
 
-def state_bytes(c, gpus, fsdp, accumulate):
+def state_bytes(c, gpus, fsdp):
     """Bytes a GPU holds whatever the micro-batch: weights, gradients, moments and average, as training.py lays them out.
 
-    DDP: all of it on each, and buckets. FSDP2: slices; weights gathered of what is outside the blocks and of two blocks (one
-    runs, the next is fetched), and their gradients, or, when --accumulate puts the summing off, the gradients of everything.
+    DDP: all of it on each. FSDP2: slices; and, whole, weights and gradients of what is outside the blocks and of two blocks
+    (one runs, the next is fetched).
     """
-    if not fsdp:
-        return (WEIGHT + GRADIENT + BUCKET + ADAM + EMA) * c["parameters"]
-    slices = (WEIGHT + GRADIENT + ADAM + EMA) * c["parameters"] / gpus
-    gathered = c["root"] + 2 * c["block"]
-    return slices + WEIGHT * gathered + GRADIENT * (gathered if accumulate == 1 else c["parameters"])
+    everything = (WEIGHT + GRADIENT + ADAM + EMA) * c["parameters"]
+    return everything / gpus + (WEIGHT + GRADIENT) * (c["root"] + 2 * c["block"]) if fsdp else everything
 
 
 def traffic(c, gpus, fsdp, accumulate):
-    """Bytes a GPU sends in a step on a ring: DDP one all-reduce, FSDP2 two all-gathers a backward pass, one reduce-scatter."""
-    gathers = 2 * accumulate * WEIGHT
-    return (gathers + GRADIENT if fsdp else 2 * GRADIENT) * c["parameters"] * (gpus - 1) / gpus
+    """Bytes a GPU sends in a step on a ring: DDP one all-reduce; FSDP2 two all-gathers and a reduce-scatter a backward pass."""
+    return (accumulate * (2 * WEIGHT + GRADIENT) if fsdp else 2 * GRADIENT) * c["parameters"] * (gpus - 1) / gpus
 
 
 def plan(args, c, batch, gpus, fsdp, recompute):
@@ -162,7 +158,7 @@ def plan(args, c, batch, gpus, fsdp, recompute):
     micro-batch that would fit; seconds a step: compute, link, and both, the shorter hidden behind the longer or added to it."""
     mine = batch // gpus if batch % gpus == 0 else 0
     for accumulate in (a for a in range(1, mine + 1) if mine % a == 0):
-        micro, free = mine // accumulate, args.usable * args.memory * GiB - state_bytes(c, gpus, fsdp, accumulate) - c["copies"]
+        micro, free = mine // accumulate, args.usable * args.memory * GiB - state_bytes(c, gpus, fsdp) - c["copies"]
         if micro * c["image"][recompute] <= free:
             compute = batch * c["step"][recompute] / (gpus * args.mfu * args.peak)
             link = traffic(c, gpus, fsdp, accumulate) / (args.nvlink if gpus <= NODE else args.network)
@@ -218,10 +214,9 @@ def network(args, counts):
 def state(args, counts):
     rows = []
     for name, c in counts.items():
-        fsdp = (f"{gib(state_bytes(c, n, True, 1))} ({gib(state_bytes(c, n, True, 2))})" for n in args.gpus)
-        rows.append([name, *(gib(b * c["parameters"]) for b in (WEIGHT, GRADIENT, BUCKET, ADAM, EMA)),
-                     gib(state_bytes(c, 1, False, 1)), *fsdp])
-    header = ["preset", "weights", "gradients", "DDP's buckets", "Adam", "EMA", "sum: DDP"]
+        rows.append([name, *(gib(b * c["parameters"]) for b in (WEIGHT, GRADIENT, ADAM, EMA)), gib(state_bytes(c, 1, False)),
+                     *(gib(state_bytes(c, n, True)) for n in args.gpus)])
+    header = ["preset", "weights", "gradients", "Adam", "EMA", "sum: DDP"]
     return table(header + [f"FSDP2, {n} GPUs" for n in args.gpus], rows)
 
 

@@ -69,11 +69,10 @@ def test_recomputing_keeps_the_inputs_of_a_block_and_repeats_all_but_its_last_pr
 
 
 def test_memory_and_traffic_of_a_toy():
-    assert scaling.state_bytes(TOY, 8, False, 1) == 24 * 1000            # weights, gradients, buckets, two moments, average
-    assert scaling.state_bytes(TOY, 8, True, 1) == 20 * 1000 / 8 + 8 * (50 + 2 * 100)
-    assert scaling.state_bytes(TOY, 8, True, 2) == 20 * 1000 / 8 + 4 * (50 + 2 * 100) + 4 * 1000
+    assert scaling.state_bytes(TOY, 8, False) == 20 * 1000               # weights, gradients, two moments, average
+    assert scaling.state_bytes(TOY, 8, True) == 20 * 1000 / 8 + 8 * (50 + 2 * 100)
     assert scaling.traffic(TOY, 8, False, 4) == 2 * 4000 * 7 / 8         # once a step, however many backward passes
-    assert scaling.traffic(TOY, 8, True, 4) == (2 * 4 + 1) * 4000 * 7 / 8
+    assert scaling.traffic(TOY, 8, True, 4) == 4 * 3 * 4000 * 7 / 8
     assert scaling.traffic(TOY, 1, True, 4) == 0
 
 
@@ -81,7 +80,7 @@ def test_the_plan_fits_and_divides_the_batch():
     args = scaling.parse(["--memory", "0.01", "--usable", "1"])          # 10.24 MiB, 10 images of the toy
     found = scaling.plan(args, TOY, 96, 8, False, False)
     assert (found["micro"], found["accumulate"], found["room"]) == (6, 2, 10)
-    assert found["bytes"] == 24_000 + 2000 + 6 * 2 ** 20 <= 0.01 * scaling.GiB
+    assert found["bytes"] == 20_000 + 2000 + 6 * 2 ** 20 <= 0.01 * scaling.GiB
     assert found["compute"] == pytest.approx(96 * 3e9 / (8 * args.mfu * args.peak))
     assert scaling.plan(args, TOY, 96, 8, False, True)["micro"] == 12    # a quarter of the activations
     assert scaling.plan(args, TOY, 96, 64, False, False) is None         # 96 images do not divide by 64
