@@ -1,6 +1,7 @@
 # The pipeline as a graph of files: a stage runs again only when a file it reads has changed.
 #   make demo                    the digits, on a CPU           make demo PRESET=emoji16    OpenMoji, on a CPU
 #   make demo PRESET=emoji64     OpenMoji, on a GPU             make test                   the tests
+#   make twostage                2SDM, after make demo          make sweep                  2SDM told more and less, an hour
 PRESET   ?= digits16
 SEED     ?= 0
 GUIDANCE ?= 1 0 2
@@ -14,10 +15,15 @@ JOBS     ?= $(if $(findstring 64,$(PRESET)),1,2)
 MAKEFLAGS += --jobs=$(JOBS)
 CORES    := $(shell getconf _NPROCESSORS_ONLN)
 SHARE    := OMP_NUM_THREADS=$(shell echo $$(( ($(CORES) + $(JOBS) - 1) / $(JOBS) ))) $(PY)
+RANKS    := $(SHARE) -m torch.distributed.run --standalone --nproc-per-node=$(JOBS)
 ROWS     := unconditional kmeans oracle 2sdm 2sdm_fewer_steps
+LABEL    ?=
+TWO      := $(RUN)/twostage$(if $(LABEL),_$(LABEL))
+TWO_STEPS ?= $(if $(filter digits16,$(PRESET)),1000)
+TWOSTAGE := --data $(RUN) --seed $(SEED) $(if $(LABEL),--label $(LABEL)) $(if $(TWO_STEPS),--steps $(TWO_STEPS))
 SETS     := $(foreach w,$(GUIDANCE),recon_w$(w) pairs_w$(w))
 
-.PHONY: demo twostage test clean
+.PHONY: demo twostage sweep test clean
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -62,21 +68,34 @@ $(RUN)/samples/%/cls.npy: $(RUN)/samples/%/samples.npy
 $(RUN)/metrics.json: $(foreach s,$(SETS),$(RUN)/samples/$(s)/cls.npy)
 	$(PY) 06_fewshot_metrics.py --data $(RUN) --samples $(^D)
 
-# 2SDM: every image model, sampler and picture of 07, then 01 and 06 on each row of the table
-$(RUN)/twostage/interpolation.png: $(RUN)/data.json
-	$(PY) 07_twostage.py --data $(RUN) --seed $(SEED)
+# 2SDM: every image model, the prior and the samples of 07; then 01 and 06 on each row of the table
+$(TWO)/interpolation.png: $(RUN)/data.json
+	@find $(TWO) -depth ! -newer $< -delete 2>/dev/null || true
+	$(RANKS) 07_twostage.py $(TWOSTAGE)
 
-$(RUN)/twostage/%/cls.npy: $(RUN)/twostage/interpolation.png
+$(TWO)/%/cls.npy: $(TWO)/interpolation.png
 	$(SHARE) 01_embed.py --data $(RUN) --images $(@D)/samples.npy --out $(@D) --cls-only
 
-$(RUN)/twostage/metrics.json: $(foreach r,$(ROWS),$(RUN)/twostage/$(r)/cls.npy)
+$(TWO)/metrics.json: $(foreach r,$(ROWS),$(TWO)/$(r)/cls.npy)
 	$(PY) 06_fewshot_metrics.py --data $(RUN) --samples $(^D) --out $(@D)
 
-$(RUN)/twostage/distances.png: $(RUN)/twostage/metrics.json
-	$(PY) 07_twostage.py figures --data $(RUN)
+$(TWO)/distances.png: $(TWO)/metrics.json
+	$(PY) 07_twostage.py figures $(TWOSTAGE)
 
-twostage: $(RUN)/twostage/distances.png
-	@cat $(RUN)/twostage/metrics.txt
+twostage: $(TWO)/distances.png
+	@cat $(TWO)/metrics.txt
+	@echo "pictures: $(TWO)/interpolation.png, neighbours.png, distances.png"
+
+# image models that are told more and more of the embedding, at two budgets
+$(TWO)/sweep/metrics.json: $(TWO)/metrics.json
+	$(RANKS) 07_twostage.py sweep $(TWOSTAGE)
+	for row in $(@D)/*/; do $(PY) 01_embed.py --data $(RUN) --images $$row/samples.npy --out $$row --cls-only || exit 2; done
+	$(PY) 06_fewshot_metrics.py --data $(RUN) --samples $(@D)/*/ --out $(@D)
+
+sweep: $(TWO)/sweep/metrics.json
+	$(PY) 07_twostage.py figures $(TWOSTAGE)
+	@cat $(TWO)/sweep/metrics.txt
+	@echo "picture: $(TWO)/sweep.png"
 
 test: $(VENV)/installed
 	$(PY) -m pip install --quiet --requirement requirements-test.txt
