@@ -13,8 +13,8 @@ The encoder sees the S x S uint8 images and nothing else, so real images and sam
 An image that is not square is centre-cropped (--fit crop: the middle, no borders) or padded (--fit pad: the whole, on white).
 EXIF rotation is applied, transparency lies on white, of an animation the first frame is taken. A file that cannot be read is
 named, counted and skipped; more than half is an error. Of every page with at least 8 images one fifth is held out, chosen by
-a hash of their names; of an .npy file nothing is. cls_aug.npy is for the prior of 07, which overfits less if it learns from
-augmented views too (2SDM). Memory: the names and some 50 bytes an image; images and embeddings stay on disk.
+a hash of their names; of an .npy file nothing is. cls_aug.npy lets the prior of 07 learn from augmented views too: the remedy
+of 2SDM against overfitting. Memory: the names and a few numbers an image; images and embeddings stay on disk.
 
     python 01_embed.py                                                         # CPU: the digits at 16 px, under a minute
     python 01_embed.py --pages class --augment 4 --out runs/classes            # a page is a digit; four augmented views each
@@ -101,7 +101,7 @@ def folder(root, size, fit):
                        for f in files if Path(f).suffix.lower() in SUFFIXES and not f.startswith("."))
     if not names:
         common.die(f"{root} holds no image files ({' '.join(sorted(SUFFIXES))})")
-    names = np.array(names)                                              # a third of the memory of a list of strings
+    names = np.array(names)                                              # one array, not N objects
     page = {parent: i for i, parent in enumerate(sorted({os.path.dirname(n) for n in names}))}
     pages = np.fromiter((page[os.path.dirname(n)] for n in names), np.int32, len(names))
     if len(names) > len(page) == 1:
@@ -116,8 +116,7 @@ def array(path, size, fit):
     if images.ndim < 4 or images.shape[-1] != 3 or images.size == 0:
         common.die(f"{path} holds shape {list(images.shape)}, expected [..., H, W, 3] as 05_sample.py writes")
     flat = images.reshape(-1, *images.shape[-3:])                        # still memory-mapped
-    fits = flat.shape[1:3] == (size, size)
-    if not fits:
+    if not (fits := flat.shape[1:3] == (size, size)):
         print(f"warning: the {flat.shape[1]} x {flat.shape[2]} images of {path} become {size} x {size}", file=sys.stderr)
     n = len(flat)
     pages, names = np.arange(n) * len(images) // n, np.fromiter((f"{i:07d}" for i in range(n)), f"U{max(7, len(str(n - 1)))}", n)
@@ -301,26 +300,27 @@ def main():
         with common.writing_array(path, (n, *shape), np.uint8, rank) as images:
             for start in range(rank * CHUNK, n, world * CHUNK):
                 images[start:start + CHUNK] = decoded[kept[start:start + CHUNK]]
-        names, pages, split = names[kept], pages[kept], None if split is None else np.asarray(split)[kept]
-    split = hold_out(pages, names) if split is None else np.asarray(split, np.uint8)
+        names, pages = names[kept], pages[kept]
+    split = hold_out(pages, names) if split is None else np.asarray(split, np.uint8)[kept]
 
     # Embed: rank r takes batches r, r + world, ... so that the files do not depend on the number of processes.
     batch = args.batch or (16 if device.type == "cpu" else 256)
-    with (common.writing_array(out / "cls.npy", (n, *cls.shape[1:]), np.float32, rank) as all_cls,
-          contextlib.nullcontext() if args.cls_only else
-          common.writing_array(out / "tokens.npy", (n, *tokens.shape[1:]), np.float16, rank) as all_tokens,
-          common.writing_array(out / "cls_aug.npy", (args.augment, n, *cls.shape[1:]), np.float32, rank) if args.augment else
-          contextlib.nullcontext() as all_views,
+    def file(name, dtype, *shape, wanted=True):
+        return common.writing_array(out / name, shape, dtype, rank) if wanted else contextlib.nullcontext()
+
+    with (file("cls.npy", np.float32, n, *cls.shape[1:]) as all_cls,
+          file("tokens.npy", np.float16, n, *tokens.shape[1:], wanted=not args.cls_only) as all_tokens,
+          file("cls_aug.npy", np.float32, args.augment, n, *cls.shape[1:], wanted=args.augment) as all_views,
           common.progress(None, rank, total=n, unit="image", desc="embed") as bar, torch.inference_mode()):
         for start in range(rank * batch, n, world * batch):
             rows = np.arange(start, start + batch) % n                   # always a full batch: the same arithmetic
             x = torch.from_numpy(images[rows]).to(device)
-            for view in range(args.augment):
-                all_views[view, start:start + batch] = encode(augment(x, rows, view))[0][:n - start].float().cpu().numpy()
             cls, tokens = encode(x)
             all_cls[start:start + batch] = cls[:n - start].float().cpu().numpy()
             if not args.cls_only:
                 all_tokens[start:start + batch] = tokens[:n - start].half().cpu().numpy()
+            for view in range(args.augment):
+                all_views[view, start:start + batch] = encode(augment(x, rows, view))[0][:n - start].float().cpu().numpy()
             bar.update(min(world * batch, n - start))
     if rank > 0:
         return

@@ -11,7 +11,7 @@ low drops what shares a page but no subject; high drops near-duplicates, from wh
 values, or quantiles of all same-page similarities, read off a histogram of 5,000 bins. The default quantiles suit the
 digits, where a sixth of the pairs is unrelated and 1.5% nearly the same; look at filter.png for yours.
 Runs on the CPU, in two passes over tiles of at most 1024 x 1024 similarities; pairs are in the order of their pages. Of N
-processes each takes one stretch of the tiles, and the files are those of one process, bit for bit. Memory: about 50 bytes an
+processes each takes one stretch of the tiles, and the files are those of one process, bit for bit. Memory: some 30 bytes an
 image (page, index, order); embeddings and pairs stay on disk.
 
     python 02_filter_pairs.py                                          # the digits, 5 s

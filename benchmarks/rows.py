@@ -1,10 +1,12 @@
 """Time and memory of 01 and 02 as the rows grow: the real scripts on 100,000 to 10 million synthetic images in pages of 10.
 
 Images are 4 x 4 pixels and the encoder only flattens them (D = 48), so 01 is measured without its encoder: reading, decoding,
-writing. 02 is then run on the folder that 01 wrote. Writes rows.json and rows.txt into --out:
+writing. 02 is then run on the folder that 01 wrote. Linux only. Writes rows.json and rows.txt into --out, a row a script:
 
+    seconds     wall time, and us_row, microseconds a row
     anonymous   peak of the memory that a process must have, MB: what may grow with the rows only by a few bytes a row
-    resident    peak of all its memory, MB (getrusage): files that it maps count as long as nobody else needs the space
+    resident    peak of all its memory, MB (getrusage): parts of mapped files count, which the system takes back when it must
+    written     size of the files it left, MB
 
     OMP_NUM_THREADS=1 python benchmarks/rows.py                     # 100,000 and 1 million rows: 2 GB of disk at most
     OMP_NUM_THREADS=1 python benchmarks/rows.py --rows 10000000     # 9 GB of disk
@@ -63,7 +65,8 @@ def main():
     p.add_argument("--rows", type=int, nargs="+", default=[100_000, 1_000_000])
     p.add_argument("--out", type=Path, default=Path("runs"), help="folder for rows.json and rows.txt")
     args = p.parse_args()
-    found, lines = [], [f"{'rows':>12}  {'script':20}{'seconds':>9}{'us/row':>8}{'anonymous':>11}{'resident':>10}{'written':>9}  (MB)"]
+    heads = ("seconds", "us_row", "anonymous", "resident", "written")
+    found, lines = [], [f"{'rows':>12}  {'script':20}" + "".join(f"{head:>11}" for head in heads)]
     for n in args.rows:
         with tempfile.TemporaryDirectory() as folder:
             images, data = Path(folder, "images.npy"), Path(folder, "data")
@@ -72,11 +75,11 @@ def main():
                                      ("02_filter_pairs.py", ROOT / "02_filter_pairs.py", "--data", data)):
                 before = sum(f.stat().st_size for f in data.glob("*"))
                 row = dict(rows=n, script=script, **measure(*command))
+                row["us_row"] = 1e6 * row["seconds"] / n
                 row["written"] = (sum(f.stat().st_size for f in data.glob("*")) - before) / 1e6
                 found.append(row)
-                lines.append("{rows:12,}  {script:20}{seconds:9.1f}{us:8.1f}{anonymous:11.0f}{resident:10.0f}{written:9.0f}".format(
-                    us=row["seconds"] / n * 1e6, **row))
-                print("\n".join(lines[-1:] if len(lines) > 2 else lines), flush=True)
+                lines.append(f"{n:12,}  {script:20}" + "".join(f"{row[head]:11.1f}" for head in heads))
+                print("\n".join(lines[-1:] if len(found) > 1 else lines), flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "rows.json").write_text(json.dumps(found, indent=1))
     (args.out / "rows.txt").write_text("\n".join(lines) + "\n")

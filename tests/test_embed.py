@@ -366,3 +366,11 @@ def test_normalisation_is_the_one_the_encoder_was_trained_with():
         cls, _ = embed.efficientnet_lite0(224, torch.device("cpu"))(images)
         assert net._fc(cls).argmax().item() == 985
         assert net(embed.pixels(images, 224, mean, std)).argmax().item() != 985
+
+
+def test_benchmark_of_the_rows_runs_the_scripts(tmp_path):
+    subprocess.run([sys.executable, ROOT / "benchmarks" / "rows.py", "--rows", "600", "--out", tmp_path], check=True,
+                   env=dict(os.environ, OMP_NUM_THREADS="1"))
+    embedded, filtered = json.loads((tmp_path / "rows.json").read_text())
+    assert embedded["written"] * 1e6 > 600 * 48 * 5 and filtered["written"] * 1e6 > 600 * 9 * 0.7 * 20
+    assert all(0 < row["anonymous"] < row["resident"] < 2000 for row in (embedded, filtered))
