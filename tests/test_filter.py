@@ -133,7 +133,7 @@ def test_command_line(tmp_path):
 
 
 def test_two_processes_write_the_files_of_one(tmp_path):
-    """torchrun with two gloo processes: files bit for bit, the same account; a page of 1,300 is cut, and one of its rows of tiles."""
+    """torchrun with two gloo processes: the same files bit for bit, the same account; a page of 1,300 is cut."""
     rng = np.random.default_rng(0)
     pages = rng.permutation(np.concatenate([np.repeat(np.arange(150), 10), np.full(1300, 40), np.repeat([900, 901], 1)]))
     cls = rng.normal(size=(len(pages), 8)) + rng.normal(size=(len(pages), 1))
