@@ -8,8 +8,8 @@ writing. 02 is then run on the folder that 01 wrote. Linux only. Writes rows.jso
     resident    peak of all its memory, MB (getrusage): parts of mapped files count, which the system takes back when it must
     written     size of the files it left, MB
 
-    OMP_NUM_THREADS=1 python benchmarks/rows.py                     # 100,000 and 1 million rows: 2 GB of disk at most
-    OMP_NUM_THREADS=1 python benchmarks/rows.py --rows 10000000     # 9 GB of disk
+    OMP_NUM_THREADS=1 python benchmarks/rows.py                     # 100,000 and 1 million rows: 0.7 GB of disk
+    OMP_NUM_THREADS=1 python benchmarks/rows.py --rows 10000000     # 6 GB of disk
 """
 import argparse
 import importlib
