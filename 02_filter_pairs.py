@@ -10,21 +10,33 @@ A pair (i, j), i != j, of two training images of one page is kept when
 low drops what shares a page but no subject; high drops near-duplicates, from which one learns to copy (Semantica). Both are
 values, or quantiles of all same-page similarities, read off a histogram of 5,000 bins. The default quantiles suit the
 digits, where a sixth of the pairs is unrelated and 1.5% nearly the same; look at filter.png for yours.
-Runs on the CPU, in two passes over tiles of at most 1024 x 1024 similarities; pairs are in the order of their pages.
+Runs on the CPU, in two passes over tiles of at most 1024 x 1024 similarities; pairs are in the order of their pages. Of N
+processes each takes one stretch of the tiles, and the files are those of one process, bit for bit. Memory: some 30 bytes an
+image (page, index, order); embeddings and pairs stay on disk.
 
     python 02_filter_pairs.py                                          # the digits, 5 s
     python 02_filter_pairs.py --data runs/mine --low 0.4 --high 0.95
     python 02_filter_pairs.py --data runs/mine --exclude runs/benchmark/cls.npy
+    torchrun --nproc-per-node=8 02_filter_pairs.py --data runs/mine
 """
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 import common
 
 BINS, TILE, PACK = 5000, 1024, 256   # bins of the histogram; side of a tile; small pages share a tile up to this many images
 EDGES = np.linspace(-1, 1, BINS + 1)
+PAIR = np.dtype([("pair", np.int64, 2), ("sim", np.float32)])          # a row of both files, 20 bytes
+
+
+def combine(array, op=dist.ReduceOp.SUM):
+    """Replace an array by its sum (or maximum) over all processes."""
+    if dist.is_initialized():
+        dist.all_reduce(torch.from_numpy(array), op)
 
 
 def unit(rows):
@@ -47,22 +59,28 @@ def tiles(pages):
     return found
 
 
-def similarities(cls, pages, chosen):
-    """All ordered pairs within a page of the images `chosen` (sorted by page), by tile: i, j and cos(cls_i, cls_j), [p] each."""
-    for rows, columns in common.progress(tiles(pages[chosen]), unit="tile"):
+def similarities(cls, pages, chosen, rank, world):
+    """All ordered pairs within a page of the images `chosen` (sorted by page), by tile: i, j and cos(cls_i, cls_j), [p] each.
+
+    Of this rank's tiles: one after another, the ranks give what one process gives, in the same order.
+    """
+    found = tiles(pages[chosen])
+    mine = found[len(found) * rank // world:len(found) * (rank + 1) // world]
+    for rows, columns in common.progress(mine, rank, unit="tile"):
         i, j = chosen[rows], chosen[columns]
         sims = (unit(cls[i]) @ unit(cls[j]).T).clamp(-1, 1).numpy()                        # [rows, columns]
         a, b = np.nonzero((pages[i][:, None] == pages[j]) & (i[:, None] != j))
         yield i[a], j[b], sims[a, b]
 
 
-def most_similar(cls, chosen, other):
-    """Of each image in `chosen`, the largest cosine with a row of other [M, D]: [n] float32."""
+def most_similar(cls, chosen, other, rank=0, world=1):
+    """Of each image in `chosen`, the largest cosine with a row of other [M, D]: [n] float32, shared by the processes."""
     best = np.full(len(chosen), -1, np.float32)
-    for start in common.progress(range(0, len(other), TILE), unit="tile"):
+    for start in common.progress(range(0, len(other), TILE), rank, unit="tile"):
         theirs = unit(other[start:start + TILE]).T
-        for rows in (slice(c, c + TILE) for c in range(0, len(chosen), TILE)):
+        for rows in (slice(c, c + TILE) for c in range(rank * TILE, len(chosen), world * TILE)):
             best[rows] = np.maximum(best[rows], (unit(cls[chosen[rows]]) @ theirs).amax(1).numpy())
+    combine(best, dist.ReduceOp.MAX)
     return best
 
 
@@ -79,12 +97,6 @@ def plants(names):
         return lambda i, j: np.zeros(len(i), np.int64)
     original = np.unique(np.char.replace(names, "near-duplicate: ", ""), return_inverse=True)[1]
     return lambda i, j: np.where(stranger[i] | stranger[j], 1, 2 * ((double[i] | double[j]) & (original[i] == original[j])))
-
-
-def write_header(f, dtype, *shape):
-    """The start of an .npy file. Numpy leaves room in it for any row count, so rows can be counted as they are written."""
-    f.seek(0)
-    np.lib.format.write_array_header_1_0(f, dict(descr=np.dtype(dtype).str, fortran_order=False, shape=shape))
 
 
 def picture(path, counts, low, high):
@@ -116,6 +128,7 @@ def main():
     args = common.parse(p)
     if not 0 <= args.low_quantile <= args.high_quantile <= 1:
         common.die(f"quantiles {args.low_quantile} and {args.high_quantile}: expected 0 <= low <= high <= 1")
+    _, rank, world = common.start("cpu")
     data = common.Data(args.data)
     pages, kind = np.asarray(data.pages), plants(data.names)
 
@@ -125,34 +138,48 @@ def main():
         other = common.read_array(path, np.float32, 2)
         if other.shape[1] != data.cls.shape[1]:
             common.die(f"{path} has {other.shape[1]} features an image, {data.folder} has {data.cls.shape[1]}: use one encoder")
-        chosen = chosen[most_similar(data.cls, chosen, other) <= args.exclude_above]
+        chosen = chosen[most_similar(data.cls, chosen, other, rank, world) <= args.exclude_above]
 
     counts = np.zeros((3, BINS), np.int64)                             # first pass: the histogram by kind, and the thresholds
-    for i, j, sims in similarities(data.cls, pages, chosen):
+    for i, j, sims in similarities(data.cls, pages, chosen, rank, world):
         bins = ((sims.astype(float) + 1) * (BINS / 2)).astype(np.int64).clip(max=BINS - 1)
         counts += np.bincount(kind(i, j) * BINS + bins, minlength=3 * BINS).reshape(3, BINS)
+    combine(counts)
     total = counts.sum()
     if total == 0:
         common.die(f"{data.folder}: no two of its {len(chosen)} training images share a page, so there are no pairs")
     low = quantile(counts.sum(0), args.low_quantile, upper=False) if args.low is None else args.low
     high = quantile(counts.sum(0), args.high_quantile, upper=True) if args.high is None else args.high
 
-    outcomes, paired = np.zeros((3, 3), np.int64), np.zeros(len(pages), bool)   # [kind, below | kept | above]
-    with common.writing(data.folder / "pairs.npy") as pairs_file, common.writing(data.folder / "sims.npy") as sims_file:
-        write_header(pairs_file, np.int64, 0, 2)
-        write_header(sims_file, np.float32, 0)
-        for i, j, sims in similarities(data.cls, pages, chosen):       # second pass: write what lies between them
-            outcome = np.where(sims < low, 0, np.where(sims > high, 2, 1))
-            outcomes += np.bincount(kind(i, j) * 3 + outcome, minlength=9).reshape(3, 3)
-            i, j, sims = (a[outcome == 1] for a in (i, j, sims))
-            paired[i] = True
-            pairs_file.write(np.stack([i, j], 1).data)
-            sims_file.write(sims.data)
-        below, kept, above = outcomes.sum(0).tolist()
-        if kept == 0:
-            common.die(f"no pair of {data.folder} lies between {low:.4f} and {high:.4f}: {below} are below, {above} above")
-        write_header(pairs_file, np.int64, kept, 2)
-        write_header(sims_file, np.float32, kept)
+    outcomes, paired = np.zeros((3, 3), np.int64), np.zeros(len(pages), np.uint8)   # [kind, below | kept | above]
+    kept_by = np.zeros(world, np.int64)
+    try:
+        with tempfile.TemporaryFile(dir=data.folder) as rows:          # second pass: what lies between them
+            for i, j, sims in similarities(data.cls, pages, chosen, rank, world):
+                outcome = np.where(sims < low, 0, np.where(sims > high, 2, 1))
+                outcomes += np.bincount(kind(i, j) * 3 + outcome, minlength=9).reshape(3, 3)
+                i, j, sims = (a[outcome == 1] for a in (i, j, sims))
+                paired[i] = 1
+                row = np.empty(len(i), PAIR)
+                row["pair"], row["sim"] = np.stack([i, j], 1), sims
+                rows.write(row.data)
+            kept_by[rank] = outcomes[:, 1].sum()
+            for array, op in ((outcomes, dist.ReduceOp.SUM), (kept_by, dist.ReduceOp.SUM), (paired, dist.ReduceOp.MAX)):
+                combine(array, op)
+            below, kept, above = outcomes.sum(0).tolist()
+            if kept == 0:
+                common.die(f"no pair of {data.folder} lies between {low:.4f} and {high:.4f}: {below} are below, {above} above")
+            start = kept_by[:rank].sum()                               # now their number is known: each rank to its place
+            rows.seek(0)
+            with (common.writing_array(data.folder / "pairs.npy", (kept, 2), np.int64, rank) as pairs,
+                  common.writing_array(data.folder / "sims.npy", (kept,), np.float32, rank) as similar):
+                while len(row := np.fromfile(rows, PAIR, 1 << 20)):
+                    pairs[start:start + len(row)], similar[start:start + len(row)] = row["pair"], row["sim"]
+                    start += len(row)
+    except OSError as e:
+        common.die(f"cannot write into {data.folder}: {e.strerror or e}; free some space")
+    if rank > 0:
+        return
     picture(data.folder / "filter.png", counts, low, high)
 
     print(f"{len(train):12,} training images on {len(np.unique(pages[train])):,} pages")

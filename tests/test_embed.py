@@ -93,10 +93,15 @@ def make_zoo(root):
     return want
 
 
+def colours(px, device):
+    """An encoder for tests of all that is not the encoder: [B, 3 S], mean colour of each row; tokens [B, 1, 2], corner pixels."""
+    return lambda x: (x.float().mean(2).flatten(1), x[:, 0, :2, 0].float()[:, None])
+
+
 def test_every_kind_of_image_through_one_process_and_two(tmp_path):
     root = tmp_path / "zoo"
     want, env = make_zoo(root), dict(os.environ, OMP_NUM_THREADS="1")
-    command = [str(ROOT / "01_embed.py"), "--images", str(root), *SMALL, "--out"]
+    command = [str(ROOT / "01_embed.py"), "--images", str(root), *SMALL, "--augment", "2", "--out"]
     one = subprocess.run([sys.executable, *command, tmp_path / "one"], env=env, capture_output=True, text=True)
     assert one.returncode == 0, one.stderr
     data = read(tmp_path / "one")
@@ -115,14 +120,15 @@ def test_every_kind_of_image_through_one_process_and_two(tmp_path):
                  f"skipped 3 of {len(want) + 3} files"):
         assert line in one.stderr, one.stderr
     assert json.loads((tmp_path / "one" / "data.json").read_text()) == dict(
-        source=str(root), preset="digits16", fit="crop", images=len(want),
+        source=str(root), preset="digits16", fit="crop", images=len(want), augment=2,
         encoder=dict(name="efficientnet_lite0", px=32, size=16, dim=1280, tokens=[1, 320]))
 
     two = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *command,
                           tmp_path / "two"], env=env, capture_output=True, text=True)
     assert two.returncode == 0, two.stderr
     names = sorted(f.name for f in (tmp_path / "one").iterdir())
-    assert names == sorted(f.name for f in (tmp_path / "two").iterdir()) == sorted([*(f"{a}.npy" for a in ARRAYS), "data.json"])
+    assert names == sorted(f.name for f in (tmp_path / "two").iterdir())
+    assert names == sorted(["cls_aug.npy", "data.json", *(f"{a}.npy" for a in ARRAYS)])
     for name in names:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
 
@@ -173,6 +179,81 @@ def test_samples_take_the_same_path_as_images(tmp_path, monkeypatch):
     assert real["split"].sum() == 2 and len(set(real["pages"])) == 1   # the flat folder: one page, a fifth of 12 held out
 
 
+def test_augmented_views_are_a_function_of_row_and_view():
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3), np.uint8))
+    rows = np.arange(6)
+    whole = [embed.augment(images, rows, view) for view in range(3)]
+    assert whole[0].shape == images.shape and whole[0].dtype == torch.uint8
+    for part in (slice(0, 1), slice(2, 5)):                             # whatever else is in the batch, and in any order
+        assert (embed.augment(images[part].flip(0), rows[part][::-1], 1).flip(0) == whole[1][part]).all()
+    assert all((whole[a] != whole[b]).any() for a, b in ((0, 1), (0, 2), (1, 2)))
+    same = embed.augment(images[:1].expand(6, -1, -1, -1), rows, 0)     # one image in six rows: six different views
+    assert len(np.unique(same.flatten(1).numpy(), axis=0)) == 6
+
+
+def test_augmented_views_are_like_the_image_and_not_mirrored():
+    load, _, names, _ = embed.openmoji(32)
+    image = torch.from_numpy(load(names.index("U+1F697")).copy())        # a car, from its side
+    views = embed.augment(image.expand(200, -1, -1, -1), np.arange(200), 0).float()
+
+    def best(target):                                                    # least distance over shifts by up to 3 pixels
+        shifted = [target.float().roll((a, b), (0, 1)) for a in range(-3, 4) for b in range(-3, 4)]
+        return torch.stack([(views - s).square().mean((1, 2, 3)) for s in shifted]).amin(0)
+    assert (best(image) < best(image.flip(1))).float().mean() > 0.9
+    assert abs(views.mean() - image.float().mean()) < 5                  # neither darker nor brighter on the whole
+
+
+def test_cls_aug_holds_the_views_of_each_image(tmp_path, monkeypatch):
+    monkeypatch.setitem(embed.ENCODERS, "efficientnet_lite0", colours)
+    images = np.random.default_rng(0).integers(0, 256, (10, 1, 16, 16, 3), np.uint8)
+    np.save(tmp_path / "images.npy", images)
+    flags = ("--images", tmp_path / "images.npy", *SMALL, "--out", tmp_path / "out", "--augment", 3)
+    main(monkeypatch, *flags)
+    views = np.load(tmp_path / "out" / "cls_aug.npy", allow_pickle=False)
+    assert views.shape == (3, 10, 48) and views.dtype == np.float32
+    for view in range(3):
+        want = colours(0, 0)(embed.augment(torch.from_numpy(images[:, 0]), np.arange(10), view))[0]
+        assert (views[view] == want.numpy()).all()
+    main(monkeypatch, *flags, "--batch", 7, "--overwrite")               # 10 rows are no multiple of 7, nor of 4
+    assert (np.load(tmp_path / "out" / "cls_aug.npy", allow_pickle=False) == views).all()
+
+
+def test_nothing_of_former_images_survives(tmp_path, monkeypatch, capsys):
+    """pairs.npy, sims.npy and cls_aug.npy index the images of their run: another run deletes them, a refused one does not."""
+    monkeypatch.setitem(embed.ENCODERS, "efficientnet_lite0", colours)
+    np.save(tmp_path / "images.npy", np.zeros((10, 1, 16, 16, 3), np.uint8))
+    out = tmp_path / "out"
+    flags = ("--images", tmp_path / "images.npy", *SMALL, "--out", out)
+    main(monkeypatch, *flags, "--augment", 1)
+    for made_by_02 in ("pairs.npy", "sims.npy", "filter.png"):
+        (out / made_by_02).write_text("of the former images")
+    for other in ((), ("--augment", 2)):                                 # without the flag is another setting, too
+        with pytest.raises(SystemExit) as stop:
+            main(monkeypatch, *flags, *other)
+        assert stop.value.code == 2 and "augment (1)" in capsys.readouterr().err
+    assert len(list(out.iterdir())) == len(ARRAYS) + 5
+    main(monkeypatch, *flags, "--overwrite")
+    assert sorted(f.name for f in out.iterdir()) == sorted([*(f"{a}.npy" for a in ARRAYS), "data.json"])
+    assert "augment" not in json.loads((out / "data.json").read_text())
+    (out / "pairs.npy").write_text("of the former images")
+    main(monkeypatch, *flags)                                            # the same settings: the images may have changed
+    assert not (out / "pairs.npy").exists()
+
+
+def test_digits_by_class(tmp_path, monkeypatch):
+    """Ten pages, of the digits that the default has, the same held out in the same order; nothing planted."""
+    monkeypatch.setitem(embed.ENCODERS, "efficientnet_lite0", colours)
+    main(monkeypatch, *SMALL, "--pages", "class", "--out", tmp_path)
+    data, (load, _, names, split) = read(tmp_path), embed.digits(16)
+    names, split = np.array(names), np.array(split)
+    assert (data["names"][data["split"] == 1] == names[split == 1]).all() and data["split"].sum() == 1000
+    assert sorted(data["names"]) == sorted(n for n in names if n.startswith("digit "))
+    assert [f"digit {page}" for page in data["pages"]] == [n.split(" #")[0] for n in data["names"]]
+    assert np.bincount(data["pages"]).tolist() == [500] * 10 == (5 * np.bincount(data["pages"][data["split"] == 1])).tolist()
+    assert (data["images"][-1] == load(5799)).all()
+    assert json.loads((tmp_path / "data.json").read_text())["pages"] == "class"
+
+
 def test_errors_are_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "junk").mkdir()
@@ -189,6 +270,14 @@ def test_errors_are_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys):
         lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
         assert stop.value.code == 2 and len(lines) == 1 and words in lines[0] and name in lines[0]
         assert not (tmp_path / "out" / "data.json").exists() and not (tmp_path / "out" / "images.npy").exists()
+    for flags, words in ((("--augment", -1), "--augment -1"), (("--augment", 1, "--cls-only"), "--cls-only"),
+                         (("--pages", "class", "--preset", "emoji16"), "openmoji knows no classes"),
+                         (("--pages", "class", "--images", tmp_path / "junk"), "junk knows no classes")):
+        with pytest.raises(SystemExit) as stop:
+            main(monkeypatch, "--device", "cpu", "--out", tmp_path / "out", *flags)
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and words in error
+        assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
     monkeypatch.setitem(common.PRESETS, "sourceless", dict(common.PRESETS["digits16"], source=None))
     with pytest.raises(SystemExit) as stop:
         main(monkeypatch, "--preset", "sourceless", "--device", "cpu", "--out", tmp_path / "out")
@@ -277,3 +366,11 @@ def test_normalisation_is_the_one_the_encoder_was_trained_with():
         cls, _ = embed.efficientnet_lite0(224, torch.device("cpu"))(images)
         assert net._fc(cls).argmax().item() == 985
         assert net(embed.pixels(images, 224, mean, std)).argmax().item() != 985
+
+
+def test_benchmark_of_the_rows_runs_the_scripts(tmp_path):
+    subprocess.run([sys.executable, ROOT / "benchmarks" / "rows.py", "--rows", "600", "--out", tmp_path], check=True,
+                   env=dict(os.environ, OMP_NUM_THREADS="1"))
+    embedded, filtered = json.loads((tmp_path / "rows.json").read_text())
+    assert embedded["written"] * 1e6 > 600 * 48 * 5 and filtered["written"] * 1e6 > 600 * 9 * 0.7 * 20
+    assert all(0 < row["anonymous"] < row["resident"] < 2000 for row in (embedded, filtered))

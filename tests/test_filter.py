@@ -1,6 +1,7 @@
 """02_filter_pairs.py against brute force: every pair, each threshold, the account, exclusion, the command line."""
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+ARRAYS = ("cls", "pages", "split", "names", "images", "tokens", "pairs", "sims")
 spec = importlib.util.spec_from_file_location("filter_pairs", ROOT / "02_filter_pairs.py")
 filter_pairs = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(filter_pairs)
@@ -128,6 +130,28 @@ def test_command_line(tmp_path):
     pairs, _ = read_pairs(folder)
     assert len(pairs) == 30 * (11 * 10 - 2)
     assert (folder / "filter.png").stat().st_size > 5000 and not list(folder.glob("*.tmp"))
+
+
+def test_two_processes_write_the_files_of_one(tmp_path):
+    """torchrun with two gloo processes: the same files bit for bit, the same account; a page of 1,300 is cut."""
+    rng = np.random.default_rng(0)
+    pages = rng.permutation(np.concatenate([np.repeat(np.arange(150), 10), np.full(1300, 40), np.repeat([900, 901], 1)]))
+    cls = rng.normal(size=(len(pages), 8)) + rng.normal(size=(len(pages), 1))
+    split = rng.random(len(pages)) < 0.1
+    names = [f"{'stranger: ' if i % 7 == 0 else ''}{i}" for i in range(len(pages))]
+    np.save(tmp_path / "other.npy", cls[np.flatnonzero(~split)[::100]].astype(np.float32))
+    env, out = dict(os.environ, OMP_NUM_THREADS="1"), {}
+    for name, launch in (("one", []), ("two", ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"])):
+        folder = write_folder(tmp_path / name, cls, pages, split, names)
+        done = subprocess.run([sys.executable, *launch, ROOT / "02_filter_pairs.py", "--data", folder, "--exclude",
+                               tmp_path / "other.npy"], env=env, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        out[name] = done.stdout.replace(str(folder), "")
+        assert sorted(f.name for f in folder.iterdir()) == sorted([*(f"{a}.npy" for a in ARRAYS), "data.json", "filter.png"])
+    assert out["one"] == out["two"] and out["one"].count("wrote") == 1
+    for name in ("pairs.npy", "sims.npy", "filter.png"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
+    assert len(read_pairs(tmp_path / "two")[0]) > 100_000
 
 
 def test_exclude(tmp_path, monkeypatch, capsys):
