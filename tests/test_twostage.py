@@ -2,6 +2,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zlib
@@ -188,8 +189,8 @@ def test_a_sample_is_the_same_in_any_batch_and_has_its_own_condition(tmp_path):
         twostage.sample_row(args, row, image, given, 2, prior, np.zeros(5, np.int64))
 
 
-FLAGS = ["--device", "cpu", "--steps", "2", "--batch", "2", "--sample-steps", "2", "--samples", "9", "--clusters", "3",
-         "--prior-steps", "2", "--prior-batch", "4", "--prior-width", "16"]
+FLAGS = ["--device", "cpu", "--steps", "2", "--batch", "2", "--sample-steps", "2", "--samples", "9", "--batch-images", "4",
+         "--clusters", "3", "--prior-steps", "2", "--prior-batch", "4", "--prior-width", "16"]
 
 
 def test_command_line(tiny_data, monkeypatch):
@@ -220,6 +221,15 @@ def test_command_line(tiny_data, monkeypatch):
     twostage.main()
     assert all(path.stat().st_mtime_ns == time for path, time in before.items()) and (out / "interpolation.png").exists()
 
+    again = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29521", *command[1:]]
+    one = {row: [np.load(out / row / f"{name}.npy", allow_pickle=False) for name in ("samples", "y")] for row in ROWS}
+    for row in ROWS:
+        shutil.rmtree(out / row)
+    subprocess.run(again, cwd=ROOT, env=env, check=True)                                 # two processes share a row's batches
+    for row, arrays in one.items():
+        assert all(np.array_equal(a, np.load(out / row / f"{name}.npy", allow_pickle=False))
+                   for a, name in zip(arrays, ("samples", "y")))
+
     for row in ROWS:                                                                     # as 01 --cls-only writes them
         np.save(out / row / "cls.npy", np.random.default_rng(1).normal(size=(9, 6)).astype(np.float32))
     for split in (data.split, np.zeros_like(data.split)):                                # also a folder that holds nothing out
@@ -241,3 +251,22 @@ def test_command_line_with_labels(tiny_data, monkeypatch, capsys):
     assert common.read_checkpoint(out / "prior.pt")["config"]["network"]["labels"] == 4
     assert common.read_checkpoint(out / "none_2.pt")["config"]["network"]["cond"] == "film"
 
+
+
+def test_sweep_shares_models_with_the_table_and_is_plotted(tiny_data, monkeypatch):
+    monkeypatch.setitem(common.PRESETS, "digits16", dict(common.PRESETS["digits16"], channels=(16, 32), blocks=(1, 1)))
+    monkeypatch.setattr(twostage, "SWEEP", ("pca1", "pca4", "film", "kmeans4", "none"))
+    command, out = ["07", "--data", str(tiny_data), *FLAGS], tiny_data / "twostage"
+    monkeypatch.setattr(sys, "argv", command)
+    twostage.main()
+    film = (out / "film_2.pt").stat().st_mtime_ns
+    monkeypatch.setattr(sys, "argv", [*command, "sweep", "--sweep-steps", "1", "2"])
+    twostage.main()
+    assert (out / "film_2.pt").stat().st_mtime_ns == film                                # trained once
+    rows = [f"{name}_{steps}" for name in twostage.SWEEP for steps in (1, 2)]
+    assert {path.name for path in (out / "sweep").iterdir()} == set(rows)
+    assert np.load(out / "sweep" / "pca4_1" / "y.npy", allow_pickle=False).shape == (9, 4)
+    np.testing.assert_array_equal(*(np.load(out / row / "samples.npy", allow_pickle=False) for row in ("oracle", "sweep/film_2")))
+    metrics = [dict(model=row, reference="unseen", trained=int(row[-1]), fid=float(i)) for i, row in enumerate(rows)]
+    twostage.plot_sweep(out / "sweep.png", [*metrics, dict(model="real (train)", reference="unseen", fid=1.0)])
+    assert (out / "sweep.png").stat().st_size > 1000
