@@ -186,7 +186,6 @@ def fewer_steps(prior, image, x, y, steps):
     """Image steps with which 2SDM takes at most 9/10 of the baseline's arithmetic, 1 if none do; x, y: inputs of one image."""
     logsnr, label, dim = x.new_zeros(1), x.new_zeros(1, dtype=torch.long), len(prior.norm.mean)
     of_prior, of_image = gflops(prior, y[:, :dim, None, None], logsnr, label, label), gflops(image, x, logsnr, y)
-    print(f"arithmetic of a step: prior {of_prior:.4f}, image model {of_image:.4f} GFLOPs an image")
     return max(1, int(steps * (0.9 - of_prior / of_image)))
 
 
@@ -210,7 +209,8 @@ def sample_row(args, folder, image, given, steps, prior=None, label=None):
         if any(old.get(key) != about[key] for key in about):
             common.die(f"{folder} was sampled with other settings; give another --out or delete it")
         return old
-    dim, seconds = 0 if prior is None else len(prior.norm.mean), []      # of prior and image model, an image, each batch
+    dim = 0 if prior is None else len(prior.norm.mean)
+    seconds = []                                                         # of prior and image model, an image, for each batch
     with (common.writing_array(folder / "samples.npy", (n, 1, args.size, args.size, 3), np.uint8, rank) as samples,
           common.writing_array(folder / "y.npy", (n, dim + given.shape[1]), np.float32, rank) as ys):
         batches = range(0, n, args.batch_images)
