@@ -52,7 +52,7 @@ def main():
     model = model.to(device).eval()
     reads, found = [config["network"]["cls_dim"], *config["network"]["token_shape"]], [data.cls.shape[1], *data.tokens.shape[1:]]
     if reads != found:                                                                  # such as 07 trains with --label page
-        common.die(f"{args.checkpoint} reads embeddings of D, T, C = {reads}, but {args.data} has {found}; give another of the two")
+        common.die(f"{args.checkpoint} reads embeddings of D, T, C = {reads}, {args.data} has {found}; give another of the two")
 
     conditions, k, size = data.conditions(), args.variations, config["network"]["size"]
     beside = []

@@ -332,7 +332,7 @@ def read_array(path, dtype=None, ndim=None, rows=None, made_by="01_embed.py"):
     """Memory-map an .npy file, checked against the given dtype, number of axes and rows; exits with one line if it differs."""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-        if math.prod(getattr(array, "shape", ())) > max(1, os.path.getsize(path)):               # numpy's own product can overflow
+        if math.prod(getattr(array, "shape", ())) > max(1, os.path.getsize(path)):  # numpy's own product can overflow
             raise ValueError("its shape is larger than the file")
     except FileNotFoundError:
         die(f"{path} is missing; {made_by} writes it")

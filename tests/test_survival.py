@@ -21,6 +21,9 @@ import torch
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from stress import contents, different, fresh, meaning, torn  # noqa: E402
+
 STAGES = dict(                                                         # as on the command line, in the folder data/
     embed="01_embed.py --images images --out data --overwrite",        # of data/samples/w1 is made what is made of samples
     embed_samples="01_embed.py --data data --images data/samples/w1/samples.npy --out data/samples/w1 --cls-only",
@@ -104,7 +107,7 @@ def serve():
     matplotlib.use("Agg")
     import matplotlib.pyplot  # noqa: F401
     import torch._dynamo  # noqa: F401                                 # which Adam imports in its first step
-    for script in ("01_embed", "06_fewshot_metrics"):
+    for script in ("01_embed", "06_fewshot_metrics", "training"):
         importlib.import_module(script)
     for line in sys.stdin:
         pid = os.fork()
@@ -151,40 +154,6 @@ def made(run, tmp_path_factory):
     return kept
 
 
-def plain(value):
-    """A value of a checkpoint, comparable with ==."""
-    if isinstance(value, dict):
-        return {key: plain(v) for key, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(v) for v in value]
-    return (str(value.dtype), tuple(value.shape), value.numpy().tobytes()) if isinstance(value, torch.Tensor) else value
-
-
-def meaning(path):
-    """What a file holds, less how fast it was made. Raises if the file is not whole."""
-    if path.suffix == ".npy":
-        return np.load(path, allow_pickle=False).tobytes()
-    if path.suffix in (".pt", ".partial"):
-        return plain(torch.load(path, weights_only=True))
-    if path.suffix == ".jsonl":
-        return [{**json.loads(line), "images_per_s": 0} for line in path.read_text().splitlines()]
-    if path.suffix == ".json":
-        return json.loads(path.read_text())
-    if path.suffix == ".png":
-        Image.open(path).load()
-    return path.read_bytes()
-
-
-def contents(folder):
-    """{name: bytes} of the files below a folder, but for *.tmp."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.suffix != ".tmp"}
-
-
-def fresh(start, work):
-    shutil.rmtree(work, ignore_errors=True)
-    return shutil.copytree(start, work)
-
-
 @pytest.mark.parametrize("stage", STAGES)
 def test_killed_before_any_change_and_repeated(run, made, tmp_path, stage):
     """A killed run leaves whole files; the repeated command ends with those of a run that nobody killed; no *.tmp stays."""
@@ -202,18 +171,13 @@ def test_killed_before_any_change_and_repeated(run, made, tmp_path, stage):
         if code == 0:
             break
         assert code == -signal.SIGKILL, output
-        for name, found in contents(work).items():
-            if found not in (before.get(name), want.get(name)):
-                meaning(work / name)                                   # raises if it is torn
+        assert not torn(work, before, want)
         log = work / "data" / f"{stage}.jsonl"                         # the one file that grows in place may be torn
         if log.exists() and not log.with_suffix(".pt").exists():
             log.write_text(log.read_text() + '{"step": 5, "lo')
         code, output = run(work, stage)
         assert code == 0, f"killed before change {kill_at}: {output}"
-        found = contents(work)
-        assert found.keys() == want.keys()
-        wrong = [name for name in want if found[name] != want[name] and meaning(work / name) != meaning(whole / name)]
-        assert not wrong and not list(work.rglob("*.tmp")), f"killed before change {kill_at}: {wrong} {list(work.rglob('*.tmp'))}"
+        assert not different(work, whole), f"killed before change {kill_at}"
     assert kill_at > 2 * len(outputs)                                  # every output was opened and renamed
 
 
@@ -240,6 +204,47 @@ def test_other_settings_killed_halfway_do_not_mix(run, made, tmp_path, stage, fl
         assert not (work / "data/samples/w1/cls.npy").exists() or (work / "data/samples/w1/samples.npy").exists()
         if code == 0:
             break
+
+
+WORKER = """
+import os, pathlib, runpy, signal, sys
+sys.path[0] = {root!r}
+import torch
+import common
+
+def hook(event, args):
+    if event == "os.rename" and str(args[1]).endswith("two.pt.partial") and pathlib.Path(args[1]).exists():
+        if not pathlib.Path("killed").exists():                # at the second checkpoint, once
+            pathlib.Path("killed").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+torch.set_num_threads(1)
+common.PRESETS["emoji16"].update(channels=(16, 32), blocks=(1, 1))
+sys.addaudithook(hook)
+sys.argv[0] = {root!r} + "/04_train_pairs.py"
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.xfail(run=False, reason="restarted workers dial the old ports: 'connection refused', or they hang")
+def test_torchrun_restarts_a_killed_worker(run, made, tmp_path):
+    """One of two workers is killed while it saves; torchrun --max-restarts goes on from the checkpoint before, to the same bits.
+
+    Halving is exact, so two workers add up the gradients of one process with --accumulate 2.
+    """
+    work = fresh(made["pairs"], tmp_path / "work")
+    (work / "worker.py").write_text(WORKER.format(root=str(ROOT)))
+    flags = STAGES["pairs"].removeprefix("04_train_pairs.py ").replace("--steps 4", "--steps 6") + " --device cpu"
+    code, output = run(work, f"04_train_pairs.py {flags} --accumulate 2 --out one.pt")
+    assert code == 0, output
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1",
+                           "worker.py", *flags.split(), "--out", "two.pt"], cwd=work, capture_output=True, text=True, timeout=300,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert (work / "killed").exists() and not list(work.rglob("*.partial*"))
+    assert meaning(work / "two.pt") == meaning(work / "one.pt")
+    steps = [json.loads(line)["step"] for line in (work / "two.jsonl").read_text().splitlines()]
+    assert steps == [2, 4, 6]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -294,7 +299,7 @@ READS = dict(                                                          # files t
     embed_samples=("data.json", "samples/w1/samples.npy"),
     metrics=("data.json", "cls.npy", "pages.npy", "split.npy", "names.npy", "samples/w1/data.json", "samples/w1/cls.npy",
              "samples/w1/conditions.npy", "samples/w1/samples.json"))
-OPTIONAL = {"samples/w1/conditions.npy", "samples/w1/samples.json", "samples/w1/cls.npy"}        # 06 does without, or skips the folder
+OPTIONAL = {"samples/w1/conditions.npy", "samples/w1/samples.json", "samples/w1/cls.npy"}        # 06 does without
 
 
 def damages(path):
