@@ -2,7 +2,7 @@
 
 Every stage runs through its own command line, on 60 small images in 3 folders. It is killed (SIGKILL) again and again in one
 folder, as an unlucky user would see it, at moments spread over the time it takes once its imports are done; whatever has its
-final name must then be whole. At last it runs to its end: the files must be those of the uninterrupted run, and no *.tmp may stay.
+final name must then be whole. At last it runs to its end: the files must be those of the uninterrupted run, with no *.tmp left.
 tests/test_survival.py is the short version: it kills before every single change of a file, with a tiny network.
 
     python benchmarks/stress.py                              # 20 kills of every stage, about 25 minutes on two cores

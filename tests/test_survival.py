@@ -237,8 +237,9 @@ def test_torchrun_restarts_a_killed_worker(run, made, tmp_path):
     flags = STAGES["pairs"].removeprefix("04_train_pairs.py ").replace("--steps 4", "--steps 6") + " --device cpu"
     code, output = run(work, f"04_train_pairs.py {flags} --accumulate 2 --out one.pt")
     assert code == 0, output
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1",
-                           "worker.py", *flags.split(), "--out", "two.pt"], cwd=work, capture_output=True, text=True, timeout=300,
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+                           "--max-restarts=1", "worker.py", *flags.split(), "--out", "two.pt"],
+                          cwd=work, capture_output=True, text=True, timeout=300,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     assert (work / "killed").exists() and not list(work.rglob("*.partial*"))
