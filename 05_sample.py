@@ -32,25 +32,36 @@ def main():
     args = common.parse(p)
     args.checkpoint = args.checkpoint or args.data / "pairs.pt"
     args.out = args.out or args.data / "samples" / f"{args.checkpoint.stem}_w{args.guidance:g}"
+    for flag in ("variations", "sample_steps", "batch_images"):
+        if getattr(args, flag) < 1:
+            common.die(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected at least 1")
+    if (args.out / "images.npy").exists():
+        common.die(f"{args.out} holds images of 01_embed.py, not samples; choose another --out")
     device, rank, world = common.start(args.device)
 
     checkpoint, data = common.read_checkpoint(args.checkpoint), common.Data(args.data)
     config = checkpoint["config"]
-    if config["encoder"] != data.meta["encoder"]:
-        common.die(f"{args.checkpoint} was trained with the encoder {config['encoder']}, but {args.data} was embedded with "
+    if config.get("encoder") != data.meta["encoder"]:
+        common.die(f"{args.checkpoint} was trained with the encoder {config.get('encoder')}, but {args.data} was embedded with "
                    f"{data.meta['encoder']}; run 01_embed.py --data and the folder it was trained on")
-    model = common.UViT(**config["network"]).to(device).eval()
     try:
+        model = common.UViT(**config["network"])
         model.load_state_dict(checkpoint["ema"])
-    except RuntimeError:
-        common.die(f"{args.checkpoint} was written by another version of the network; train it again")
+    except (KeyError, TypeError, RuntimeError):
+        common.die(f"{args.checkpoint} holds another network, or another version of it; give what 03 or 04 wrote, or train again")
+    model = model.to(device).eval()
+    reads, found = [config["network"]["cls_dim"], *config["network"]["token_shape"]], [data.cls.shape[1], *data.tokens.shape[1:]]
+    if reads != found:                                                                  # such as 07 trains with --label page
+        common.die(f"{args.checkpoint} reads embeddings of D, T, C = {reads}, {args.data} has {found}; give another of the two")
 
     conditions, k, size = data.conditions(), args.variations, config["network"]["size"]
+    beside = []
+    if args.beside:
+        beside = [common.read_array(args.beside / "samples.npy", np.uint8, 5, len(conditions), "05_sample.py")]
+        if beside[0].shape[2:] != (size, size, 3):
+            common.die(f"{args.beside}/samples.npy holds images of {beside[0].shape[2:]}, expected {(size, size, 3)}")
     jobs = np.stack(np.divmod(np.arange(len(conditions) * k), k), axis=1)               # [n k, 2]: condition i, variation j
     batches = range(0, len(jobs), args.batch_images)
-    if rank == 0:
-        for stale in ("cls.npy", "data.json"):                                          # of the samples that were here before
-            (args.out / stale).unlink(missing_ok=True)
     with common.writing_array(args.out / "samples.npy", (len(conditions), k, size, size, 3), np.uint8, rank) as samples:
         for first in common.progress(batches[rank::world], rank, unit="batch"):         # each rank takes whole batches
             batch = jobs[first:first + args.batch_images]
@@ -59,23 +70,24 @@ def main():
             noise = partial(common.randn, streams, (3, size, size))
             images = common.sample(model, config, condition, args.guidance, noise, args.sample_steps, args.amp)
             samples[batch[:, 0], batch[:, 1]] = images
-    if rank > 0:
-        return
-    with common.writing(args.out / "conditions.npy") as f:
-        np.save(f, conditions)
-    about = dict(model=args.checkpoint.stem, checkpoint=str(args.checkpoint), step=checkpoint["step"], guidance=args.guidance,
-                 sample_steps=args.sample_steps, seed=args.seed)
-    with common.writing(args.out / "samples.json") as f:
-        f.write(json.dumps(about, indent=1).encode())
-
-    sets = [samples]
-    if args.beside:
-        sets.insert(0, common.read_array(args.beside / "samples.npy", np.uint8, 5, len(conditions), "05_sample.py"))
-    shown = np.linspace(0, len(conditions) - 1, min(len(conditions), 16)).astype(int)   # up to 16, from all over
-    rows = [[data.images[conditions[i]]] + [image for s in sets for image in (None, *s[i, :8])] for i in shown]
-    common.contact_sheet(args.out / "sheet.png", rows)
-    print(f"wrote {args.out}/samples.npy and sheet.png; next: python 01_embed.py --data {args.data} "
-          f"--images {args.out}/samples.npy --out {args.out} --cls-only")
+        samples.flush()
+        common.wait()
+        if rank == 0:                                                                   # samples.npy comes last, beside its own
+            for stale in ("samples.npy", "cls.npy", "data.json"):                       # of the samples that were here before
+                (args.out / stale).unlink(missing_ok=True)
+            with common.writing(args.out / "conditions.npy") as f:
+                np.save(f, conditions)
+            about = dict(model=args.checkpoint.stem, checkpoint=str(args.checkpoint), step=checkpoint["step"],
+                         guidance=args.guidance, sample_steps=args.sample_steps, seed=args.seed)
+            with common.writing(args.out / "samples.json") as f:
+                f.write(json.dumps(about, indent=1).encode())
+            shown = np.linspace(0, len(conditions) - 1, min(len(conditions), 16)).astype(int)           # up to 16, from all over
+            rows = [[data.images[conditions[i]]] + [image for s in (*beside, samples) for image in (None, *s[i, :8])]
+                    for i in shown]
+            common.contact_sheet(args.out / "sheet.png", rows)
+    if rank == 0:
+        print(f"wrote {args.out}/samples.npy and sheet.png; next: python 01_embed.py --data {args.data} "
+              f"--images {args.out}/samples.npy --out {args.out} --cls-only")
 
 
 if __name__ == "__main__":

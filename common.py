@@ -322,6 +322,8 @@ def writing(path):
     except BaseException as e:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+        while isinstance(e, Exception) and not isinstance(e, OSError):  # torch.save raises another error on top of it
+            e = e.__context__
         if not isinstance(e, OSError):
             raise
         die(f"cannot write {path}: {e.strerror or e}; free some space or choose another folder")
@@ -331,10 +333,13 @@ def read_array(path, dtype=None, ndim=None, rows=None, made_by="01_embed.py"):
     """Memory-map an .npy file, checked against the given dtype, number of axes and rows; exits with one line if it differs."""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
+        if math.prod(getattr(array, "shape", ())) > max(1, os.path.getsize(path)):  # numpy's own product can overflow
+            raise ValueError("its shape is larger than the file")
     except FileNotFoundError:
         die(f"{path} is missing; {made_by} writes it")
-    except (ValueError, OSError, EOFError, SyntaxError) as e:
-        die(f"{path} is not a readable .npy array ({str(e).splitlines()[0]}); write it again with {made_by}")
+    except Exception as e:  # a damaged header raises many types
+        reason = next(iter(str(e).splitlines()), type(e).__name__)
+        die(f"{path} is not a readable .npy array ({reason}); write it again with {made_by}")
     if not isinstance(array, np.ndarray) or array.ndim == 0:
         die(f"{path} is not one array with rows; write it again with {made_by}")
     found, wanted = (array.dtype, array.ndim, len(array)), (dtype, ndim, rows)
@@ -344,18 +349,23 @@ def read_array(path, dtype=None, ndim=None, rows=None, made_by="01_embed.py"):
 
 
 def read_json(path, made_by="01_embed.py"):
-    """The value in a .json file; exits with one line if there is none."""
+    """The object in a .json file; exits with one line if there is none."""
     try:
-        return json.loads(Path(path).read_text())
-    except (ValueError, OSError) as e:
+        value = json.loads(Path(path).read_text())
+    except (ValueError, OSError, RecursionError) as e:
         die(f"cannot read {path} ({e}); {made_by} writes it")
+    if not isinstance(value, dict):
+        die(f"{path} holds a {type(value).__name__}, expected an object; write it again with {made_by}")
+    return value
 
 
 def read_checkpoint(path):
     """{model, ema, optimizer, step, config} of a .pt file that train() wrote: tensors and plain values, no pickled objects."""
+    parts = dict(model=dict, ema=dict, step=int, config=dict)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        assert {"model", "ema", "step", "config"} <= checkpoint.keys()
+        if not all(isinstance(checkpoint[name], kind) for name, kind in parts.items()):
+            raise TypeError
     except FileNotFoundError:
         die(f"{path} is missing; 03_train_recon.py and 04_train_pairs.py write checkpoints")
     except Exception as e:  # torch.load raises many types for a file that is something else
@@ -369,9 +379,14 @@ class Data:
     def __init__(self, folder):
         self.folder, self.meta = Path(folder), read_json(Path(folder) / "data.json")
         self.images = read_array(self.folder / "images.npy", np.uint8, 4)                       # [N, S, S, 3]
+        n, side, *_ = self.images.shape
+        if n == 0 or self.images.shape[1:] != (side, side, 3):
+            die(f"{folder}/images.npy holds shape {self.images.shape}, expected [N, S, S, 3]; write it again with 01_embed.py")
         for name, dtype, ndim in (("pages", np.int32, 1), ("split", np.uint8, 1), ("names", None, 1),
                                   ("cls", np.float32, 2), ("tokens", np.float16, 3)):
-            setattr(self, name, read_array(self.folder / f"{name}.npy", dtype, ndim, len(self.images)))
+            setattr(self, name, read_array(self.folder / f"{name}.npy", dtype, ndim, n))
+        if self.names.dtype.kind != "U" or not isinstance(self.meta.get("encoder"), dict):
+            die(f"{folder}: names.npy holds no text, or data.json names no encoder; write them again with 01_embed.py")
 
     def conditions(self):
         """Indices of the conditioning images: the first held-out image of each page, or all images if none is held out."""
@@ -423,7 +438,9 @@ def parse(p, argv=None):
     args = p.parse_args(argv)
     args.data = args.data or Path("runs") / (args.preset or "digits16")
     if args.preset is None and (args.data / "data.json").exists():
-        args.preset = read_json(args.data / "data.json")["preset"]
+        args.preset = read_json(args.data / "data.json").get("preset")
+        if args.preset not in PRESETS:
+            die(f"{args.data}/data.json names preset {args.preset}, not one of {', '.join(PRESETS)}; give --preset")
     for key, value in PRESETS[args.preset or "digits16"].items():
         if getattr(args, key, None) is None:
             setattr(args, key, value)
@@ -446,10 +463,16 @@ def start(device):
     return torch.device(device), rank, world
 
 
+def wait():
+    """Until all processes are here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
 @contextlib.contextmanager
 def writing_array(path, shape, dtype, rank):
     """`with writing_array(...) as a`: one .npy that all ranks fill, each its own rows; it becomes PATH when all are done."""
-    temporary, wait = Path(f"{path}.tmp"), dist.barrier if dist.is_initialized() else lambda: None
+    temporary = Path(f"{path}.tmp")
     try:
         if rank == 0:
             temporary.parent.mkdir(parents=True, exist_ok=True)
@@ -457,6 +480,9 @@ def writing_array(path, shape, dtype, rank):
             if needed > free:                                          # a memory map of a full disk dies without a word
                 die(f"cannot write {path}: it needs {needed:,} bytes, {free:,} are free")
             np.lib.format.open_memmap(temporary, "w+", dtype, shape)
+            if hasattr(os, "posix_fallocate"):                         # take the space now: nobody else can fill the disk
+                with open(temporary, "r+b") as f:
+                    os.posix_fallocate(f.fileno(), 0, os.path.getsize(temporary))
         wait()
         array = np.lib.format.open_memmap(temporary, "r+")
         yield array
@@ -468,7 +494,8 @@ def writing_array(path, shape, dtype, rank):
         die(f"cannot write {path}: {e.strerror or e}; choose another folder")
     finally:
         if rank == 0:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
 
 def progress(iterable, rank=0, **options):
