@@ -305,6 +305,9 @@ def commands(args, counts):
     many = f"torchrun --nnodes={nodes} --nproc-per-node={NODE} --rdzv-id=$JOB --rdzv-backend=c10d --rdzv-endpoint=$HEAD:29500"
     patient = "--max-restarts=3 --shutdown-timeout=600"
     return f"""```
+# on every node: without it processes that --max-restarts starts again find the addresses of the dead ones (PyTorch issue 135712)
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+
 # one node, semantica64
 {one} 01_embed.py --images photos/ --out runs/web --preset semantica64 --encoder dinov2_vitl14
 python 02_filter_pairs.py --data runs/web
