@@ -42,6 +42,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 import common
 
 CHUNK = 128                                                              # images decoded, or moved, at a time
+FORMATS = ["AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP"]    # no format that runs a program
 SUFFIXES = {".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tga", ".tif", ".tiff", ".webp"}
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -93,12 +94,21 @@ def openmoji(size):
     return lambda i: render(found[i], size, font), [cp >> 4 for cp in found], [f"U+{cp:04X}" for cp in found], None
 
 
+def image_files(root):
+    """Paths below the folder root, relative to it. Links are followed, but not to a folder that holds the link."""
+    found = []
+    for parent, folders, files in os.walk(root, followlinks=True):
+        above = os.path.join(os.path.realpath(os.path.dirname(parent)), "")
+        if os.path.islink(parent) and above.startswith(os.path.join(os.path.realpath(parent), "")):
+            folders.clear()
+            continue
+        found += [os.path.join(parent, f) for f in files if Path(f).suffix.lower() in SUFFIXES and not f.startswith(".")]
+    return sorted(os.path.relpath(path, root) for path in found if os.path.isfile(path))
+
+
 def folder(root, size, fit):
     """The images below a folder, or one image file; the page of an image is the folder it lies in."""
-    names = [root.name]
-    if root.is_dir():
-        names = sorted(os.path.relpath(os.path.join(parent, f), root) for parent, _, files in os.walk(root, followlinks=True)
-                       for f in files if Path(f).suffix.lower() in SUFFIXES and not f.startswith("."))
+    names = image_files(root) if root.is_dir() else [root.name]
     if not names:
         common.die(f"{root} holds no image files ({' '.join(sorted(SUFFIXES))})")
     names = np.array(names)                                              # one array, not N objects
@@ -125,7 +135,7 @@ def array(path, size, fit):
 
 def read_image(path, size, fit):
     """Any image file -> [size, size, 3] uint8. Raises what Pillow raises, for the caller to name the file."""
-    with Image.open(path) as image:
+    with Image.open(path, formats=FORMATS) as image:
         image.draft(None, (2 * size, 2 * size))                          # JPEG: decode a huge picture at 1/2, 1/4 or 1/8
         ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith("I"):                                   # 16 bits of grey

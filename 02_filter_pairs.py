@@ -151,6 +151,9 @@ def main():
     low = quantile(counts.sum(0), args.low_quantile, upper=False) if args.low is None else args.low
     high = quantile(counts.sum(0), args.high_quantile, upper=True) if args.high is None else args.high
 
+    if rank == 0:
+        picture(data.folder / "filter.png", counts, low, high)         # also where no pair will be kept: it shows why
+
     outcomes, paired = np.zeros((3, 3), np.int64), np.zeros(len(pages), np.uint8)   # [kind, below | kept | above]
     kept_by = np.zeros(world, np.int64)
     try:
@@ -180,8 +183,6 @@ def main():
         common.die(f"cannot write into {data.folder}: {e.strerror or e}; free some space")
     if rank > 0:
         return
-    picture(data.folder / "filter.png", counts, low, high)
-
     print(f"{len(train):12,} training images on {len(np.unique(pages[train])):,} pages")
     if args.exclude:
         print(f"{len(train) - len(chosen):12,} of them left out, above {args.exclude_above:g} to an excluded image")

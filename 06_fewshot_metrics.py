@@ -182,7 +182,10 @@ def picture(path, rows):
 
 def encoder(folder):
     """The encoder in a folder's data.json, less what does not touch cls.npy."""
-    return {key: value for key, value in common.read_json(folder / "data.json")["encoder"].items() if key != "tokens"}
+    about = common.read_json(folder / "data.json").get("encoder")
+    if not isinstance(about, dict):
+        common.die(f"{folder}/data.json names no encoder; run 01_embed.py on it again")
+    return {key: value for key, value in about.items() if key != "tokens"}
 
 
 def read_samples(folder, data):
@@ -194,7 +197,7 @@ def read_samples(folder, data):
         conditions = np.array(common.read_array(folder / "conditions.npy", np.int64, 1, made_by="05_sample.py"))
     features = common.read_array(folder / "cls.npy", np.float32, 2)
     ragged = len(features) % max(1, len(conditions))
-    if features.shape[1] != data.cls.shape[1] or ragged or conditions.max(initial=0) >= len(data.cls):
+    if features.shape[1] != data.cls.shape[1] or ragged or not np.isin(conditions, np.arange(len(data.cls))).all():
         common.die(f"{folder}: {features.shape} features do not fit {len(conditions)} conditions of {data.folder}; run 01 again")
     if len(features) <= NEIGHBOURS or not np.isfinite(features).all():
         common.die(f"{folder}/cls.npy has fewer than {NEIGHBOURS + 1} rows, or values that are not finite; run 05 and 01 again")
@@ -223,6 +226,8 @@ def main():
     sets, train = references(data, conditions)
     if rank == 0 and "all" in sets:
         print(f"{data.folder} holds nothing out: the reference is all of it but the conditioning images, trained on or not")
+    if not all(np.isfinite(data.cls[indices]).all() for indices in (*sets.values(), train)):
+        common.die(f"{data.folder}/cls.npy has values that are not finite; run 01_embed.py again")
     real = {name: statistics(data.cls[indices], device) for name, indices in sets.items() if len(indices) > NEIGHBOURS}
     if not real:
         common.die(f"{data.folder} has too few images besides its {len(conditions)} conditioning ones to compare with")

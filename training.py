@@ -90,6 +90,11 @@ def train_images(args, data, pairs):
         common.die(f"{data.folder} has images of {data.images.shape[1]} px, preset {args.preset} wants {args.size}")
     if len(pairs) == 0:
         common.die(f"{data.folder} has no pairs to train on; loosen the thresholds of 02_filter_pairs.py")
+    paired = np.zeros(len(data.split), bool)
+    if pairs.min() >= 0 and pairs.max() < len(paired):
+        paired[pairs.reshape(-1)] = True
+    if not paired.any() or data.split[paired].any():
+        common.die(f"the pairs are not of training images of {data.folder}; run 02_filter_pairs.py again")
     network = dict(size=args.size, patch=args.patch, channels=list(args.channels), blocks=list(args.blocks), cond=args.cond,
                    cls_dim=data.cls.shape[1], token_shape=list(data.tokens.shape[1:]))
     recipe = ("preset", "loss", "noise_size", "cond_drop", "batch", "steps", "lr", "warmup", "decay", "ema", "seed", "time_power")

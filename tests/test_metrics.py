@@ -286,12 +286,20 @@ def test_two_processes_write_what_one_does(tmp_path, monkeypatch, capfd):
 
 
 @pytest.mark.parametrize("flaw, words", [
-    ("encoder", "embedded by"), ("rows", "do not fit"), ("nan", "finite"), ("empty", "no folder")])
+    ("encoder", "embedded by"), ("no encoder", "names no encoder"), ("rows", "do not fit"), ("nan", "finite"),
+    ("nan in the reference", "finite"), ("negative", "do not fit"), ("empty", "no folder")])
 def test_errors_are_one_line(folder, monkeypatch, capsys, flaw, words):
     made = folder / "samples" / "b"
     samples = np.load(made / "cls.npy", allow_pickle=False)
     if flaw == "encoder":
         (made / "data.json").write_text((made / "data.json").read_text().replace('"px": 8', '"px": 16'))
+    elif flaw == "no encoder":
+        (made / "data.json").write_text("{}")
+    elif flaw == "nan in the reference":
+        cls = np.load(folder / "cls.npy", allow_pickle=False)
+        np.save(folder / "cls.npy", np.where(cls == cls[np.load(folder / "split.npy", allow_pickle=False) == 1][-1], np.nan, cls))
+    elif flaw == "negative":
+        np.save(made / "conditions.npy", -1 - np.load(made / "conditions.npy", allow_pickle=False))
     elif flaw == "empty":
         (folder / "samples").rename(folder / "elsewhere")
     else:

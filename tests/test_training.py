@@ -194,6 +194,14 @@ def test_bf16_trains_and_the_average_has_no_graph(train_args, monkeypatch):
     assert all(p.dtype == torch.float32 and p.isfinite().all() for p in state["model"].values())
 
 
+@pytest.mark.parametrize("pairs", [[[0, 1], [2, 4]], [[0, 20]], [[-1, 0]]])
+def test_pairs_of_other_data_are_refused(train_args, capsys, pairs):
+    """4 is held out, there are 20 images."""
+    with pytest.raises(SystemExit) as stop:
+        run(train_args("--steps", "1"), np.array(pairs))
+    assert stop.value.code == 2 and "02_filter_pairs.py again" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("bad", ["missing", "truncated", "pickled", "shape", "checkpoint"])
 def test_bad_files_are_one_line_and_exit_code_2(tiny_data, bad, capsys):
     path = tiny_data / "cls.npy"
@@ -245,7 +253,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def test_sharded_training_and_resuming_on_another_number_of_processes(tiny_data, train_args):
-    """--fsdp on two gloo processes ends where one plain process does; its slices resume anywhere, and export() makes them plain."""
+    """--fsdp on two gloo processes ends where one plain process does; its slices resume anywhere, and export() joins them."""
     (tiny_data / "wrapper.py").write_text(WRAPPER)
     flags = ["--device", "cpu", "--batch", "4", "--steps", "4", "--lr", "1e-4", "--save-every", "2", "--sample-steps", "1"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

@@ -143,7 +143,7 @@ def test_fewer_steps_are_less_arithmetic_than_the_baseline():
     for width in (16, 32):
         prior = twostage.Prior(6, width, 0, 1)
         of_prior = twostage.gflops(prior, y[..., None, None], torch.zeros(1), label, label)
-        blocks = 6 * (4 * width * width * 3 + 8 * width * width * 3 + 2 * 3 * 3 * width)   # projections, MLP, attention of 3 tokens
+        blocks = 6 * (4 * width * width * 3 + 8 * width * width * 3 + 2 * 3 * 3 * width)   # projections, MLP, attention
         ends = 64 * width + width * width + 6 * width + width * 6                        # noise level, y in, x_hat out
         assert of_prior * 1e9 == pytest.approx(2 * (blocks + ends), rel=0.05)                # on a CPU its attention is not counted
         steps = twostage.fewer_steps(prior, image, x, y, 25)
