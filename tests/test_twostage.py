@@ -145,10 +145,11 @@ def test_fewer_steps_are_less_arithmetic_than_the_baseline():
         of_prior = twostage.gflops(prior, y[..., None, None], torch.zeros(1), label, label)
         blocks = 6 * (4 * width * width * 3 + 8 * width * width * 3 + 2 * 3 * 3 * width)   # projections, MLP, attention
         ends = 64 * width + width * width + 6 * width + width * 6                        # noise level, y in, x_hat out
-        assert of_prior * 1e9 == pytest.approx(2 * (blocks + ends), rel=0.05)                # on a CPU its attention is not counted
+        assert of_prior * 1e9 == pytest.approx(2 * (blocks + ends), rel=0.05)                # a CPU's attention is not counted
         steps = twostage.fewer_steps(prior, image, x, y, 25)
         of_image = twostage.gflops(image, x, torch.zeros(1), y)
-        assert 1 <= steps < 25 and 25 * of_prior + steps * of_image <= 0.9 * 25 * of_image < 25 * of_prior + (steps + 1) * of_image
+        assert 1 <= steps < 25
+        assert 25 * of_prior + steps * of_image <= 0.9 * 25 * of_image < 25 * of_prior + (steps + 1) * of_image
     assert twostage.fewer_steps(twostage.Prior(6, 512, 0, 1), image, x, y, 25) == 1      # a prior dearer than the image model
 
 
@@ -158,7 +159,8 @@ def test_what_the_image_models_are_told():
     cls = (rng.normal(size=(50, 6)) * [9, 5, 1, 1, 1, 1] + 7).astype(np.float32)
     assert twostage.told(cls, split, "none").shape == (50, 0) and twostage.told(cls, split, "film") is cls
     full = twostage.told(cls, split, "pca6")
-    np.testing.assert_allclose(np.linalg.norm(full[:, None] - full, axis=2), np.linalg.norm(cls[:, None] - cls, axis=2), atol=1e-3)
+    distances = [np.linalg.norm(points[:, None] - points, axis=2) for points in (full, cls)]
+    np.testing.assert_allclose(*distances, atol=1e-3)                                    # a rotation and a shift
     variances = np.linalg.eigvalsh(np.cov(cls[split == 0].T))[::-1]
     np.testing.assert_allclose(full[split == 0].var(0, ddof=1), variances, rtol=1e-3)    # the largest first
     np.testing.assert_allclose(twostage.told(cls, split, "pca2"), full[:, :2], atol=1e-4)
