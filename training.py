@@ -159,6 +159,20 @@ def blocks(model):
     return [m for m in model.modules() if isinstance(m, (common.ResBlock, common.TransformerBlock, nn.TransformerEncoderLayer))]
 
 
+def compiled(model, loss_of, batch, args, device):
+    """torch.compile(model), or the model itself and a message if a forward and backward pass of it fails."""
+    net, rows = torch.compile(model), {key: value[::args.accumulate].to(device) for key, value in batch.items()}
+    try:
+        with common.autocast(device, args.amp):
+            loss = loss_of(net, **rows)
+        loss.mean().backward()
+    except Exception as e:  # the compiler's own, and those of every tool it calls
+        print(f"--compile: {type(e).__name__}, {str(e).splitlines()[0]}; going on without it", file=sys.stderr)
+        net = model
+    model.zero_grad()
+    return net
+
+
 def train(args, config, model, batches, loss_of, show=lambda ema, device, rank: None):
     """Train `model` for args.steps steps and write {model, ema, optimizer, step, config} to args.out.
 
@@ -191,9 +205,7 @@ def train(args, config, model, batches, loss_of, show=lambda ema, device, rank: 
             lines = log.read_text().splitlines(keepends=True) if first and log.exists() else []
             f.write("".join(line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= first).encode())
 
-    if args.compile:
-        torch._dynamo.config.suppress_errors = True                    # says what it cannot compile, and runs that as it is
-    net = torch.compile(model) if args.compile else model
+    net = compiled(model, loss_of, batches[first], args, device) if args.compile and first < args.steps else model
     if world > 1 and not args.fsdp:
         net = DistributedDataParallel(net, gradient_as_bucket_view=True)
     loader = torch.utils.data.DataLoader(batches, batch_size=None, sampler=range(first, args.steps), num_workers=args.workers,

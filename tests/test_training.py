@@ -290,6 +290,24 @@ def test_recomputed_blocks_give_the_same_weights(train_args):
         torch.testing.assert_close(plain["model"][name], again["model"][name], atol=1e-6, rtol=1e-5)
 
 
+def test_what_cannot_be_compiled_runs_as_it_is(train_args, monkeypatch, capsys):
+    """A compiler that fails, in the forward pass or only in the backward pass, changes nothing but a line on standard error."""
+    class Broken(torch.autograd.Function):
+        forward = staticmethod(lambda ctx, x: x.clone())
+
+        @staticmethod
+        def backward(ctx, grad):
+            raise RuntimeError("no C++ compiler\nfound")
+
+    plain = run(train_args("--steps", "2", "--out", str(train_args().data / "plain.pt")))
+    for name, breaks in (("backward", lambda model: lambda *a, **k: Broken.apply(model(*a, **k))), ("forward", lambda model: None)):
+        monkeypatch.setattr(torch, "compile", breaks)
+        assert_same(run(train_args("--steps", "2", "--compile", "--out", str(train_args().data / f"{name}.pt"))), plain)
+        error = capsys.readouterr().err
+        assert error.count("--compile: ") == 1 and "going on without it" in error
+        assert name == "forward" or "RuntimeError, no C++ compiler;" in error
+
+
 def test_fsdp_without_torchrun_is_one_line(train_args, capsys):
     with pytest.raises(SystemExit) as stop:
         run(train_args("--fsdp"))
