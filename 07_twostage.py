@@ -5,7 +5,7 @@ Reads   DATA of 01: images.npy, cls.npy, split.npy, pages.npy; cls_aug.npy [A, N
 Writes  into --out: {none,film,kmeansK}_STEPS.pt (image models), prior.pt, interpolation.png, and a folder a row of the table:
         samples.npy [n, 1, S, S, 3] uint8   y.npy [n, C] float32, what they were given   samples.json, how, and how long it took
         `sweep`: rows sweep/NAME_STEPS of image models that are told more or less of y, at two budgets
-        `figures`, after 01 --cls-only on every row and 06 on all: neighbours.png, distances.png, and sweep.png if any
+        `figures`, after 01 --cls-only on every row and 06 on all: rows.png, neighbours.png, distances.png, sweep.png
 
     p(x) = E_y p(x | y),  y ~ p(y)      prior:  min over phi    E | y_phi(alpha y + sigma eps, logsnr) - y |^2    (x-prediction)
                                         image:  min over theta  E | v_theta(alpha x + sigma eps, logsnr, y) - v |^2   (as in 03)
@@ -35,6 +35,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import common
 import training
 
+ROWS = ("unconditional", "kmeans", "oracle", "2sdm", "2sdm_fewer_steps")
 SWEEP = ("pca1", "pca4", "pca16", "pca64", "film", "kmeans4", "kmeans16", "kmeans64", "kmeans256", "none")
 prior_schedule = partial(common.logsnr_schedule, size=1, noise_size=1)   # the plain cosine
 
@@ -295,7 +296,8 @@ def interpolate(args, path, prior, image, given, label, side=8):
 
 
 def figures(args, data):
-    """neighbours.png: 2SDM samples | the nearest training images in pixels | in embedding. distances.png: how near."""
+    """rows.png: the first samples of every row, which share their noise. neighbours.png: 2SDM samples | the nearest training
+    images in pixels | in embedding. distances.png: how near."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -304,6 +306,8 @@ def figures(args, data):
     for name in ("unconditional", "2sdm", "oracle"):
         samples = common.read_array(args.out / name / "samples.npy", made_by="07_twostage.py")[:, 0]
         sets[name] = samples, common.read_array(args.out / name / "cls.npy", rows=len(samples))
+    shown = [common.read_array(args.out / row / "samples.npy", made_by="07_twostage.py")[:16, 0] for row in ROWS]
+    common.contact_sheet(args.out / "rows.png", [list(images) for images in shown])
     sheet = [[image] for image in sets["2sdm"][0][:16]]
     figure, panels = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for axes, what, real, *others in zip(panels, ("pixels", "embedding"), (data.images[train], data.cls[train]), *sets.values()):
@@ -320,7 +324,7 @@ def figures(args, data):
         figure.savefig(f, dpi=120, format="png")
     if (args.out / "sweep" / "metrics.json").exists():
         plot_sweep(args.out / "sweep.png", common.read_json(args.out / "sweep" / "metrics.json"))
-    print(f"wrote {args.out}/neighbours.png and distances.png")
+    print(f"wrote {args.out}/rows.png ({', '.join(ROWS)}), neighbours.png and distances.png")
 
 
 def plot_sweep(path, rows):

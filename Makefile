@@ -84,7 +84,7 @@ $(TWO)/distances.png: $(TWO)/metrics.json
 
 twostage: $(TWO)/distances.png
 	@cat $(TWO)/metrics.txt
-	@echo "pictures: $(TWO)/interpolation.png, neighbours.png, distances.png"
+	@echo "pictures: $(TWO)/rows.png ($(ROWS)), interpolation.png, neighbours.png, distances.png"
 
 # image models that are told more and more of the embedding, at two budgets
 $(TWO)/sweep/metrics.json: $(TWO)/metrics.json

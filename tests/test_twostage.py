@@ -237,7 +237,7 @@ def test_command_line(tiny_data, monkeypatch):
     for split in (data.split, np.zeros_like(data.split)):                                # also a folder that holds nothing out
         data.split = split
         twostage.figures(SimpleNamespace(out=out), data)
-        assert all((out / name).stat().st_size > 1000 for name in ("neighbours.png", "distances.png"))
+        assert all((out / name).stat().st_size > 1000 for name in ("rows.png", "neighbours.png", "distances.png"))
         (out / "neighbours.png").unlink()
 
 
