@@ -1,6 +1,7 @@
 """05_sample.py: shapes, files, seeds, guidance, and what does not fit together."""
 import importlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +52,16 @@ def test_an_image_depends_on_seed_and_place_alone(folder, monkeypatch):
     other = sample(monkeypatch, folder, "other", "--seed", "1").astype(int)
     assert all((whole[i, j] != other[i, j]).any() for i in range(4) for j in range(3))
     assert all((whole[i, 0] != whole[i, 1]).any() for i in range(4))
+
+
+def test_two_processes_draw_what_one_draws(folder):
+    flags = [ROOT / "05_sample.py", "--data", folder, "--device", "cpu", "--variations", "2", "--sample-steps", "2",
+             "--batch-images", "3", "--out"]                           # three batches, the last one of two images
+    env, two = {**os.environ, "OMP_NUM_THREADS": "1"}, ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    for out, engine in (("one", []), ("two", two)):
+        subprocess.run([sys.executable, *engine, *map(str, flags), str(folder / out)], check=True, cwd=ROOT, env=env)
+    for name in ("samples.npy", "conditions.npy", "samples.json", "sheet.png"):
+        assert (folder / "one" / name).read_bytes() == (folder / "two" / name).read_bytes()
 
 
 def test_guidance_changes_the_samples_and_beside_widens_the_sheet(folder, monkeypatch):
