@@ -32,9 +32,7 @@ def main():
     args = common.parse(p)
     args.checkpoint = args.checkpoint or args.data / "pairs.pt"
     args.out = args.out or args.data / "samples" / f"{args.checkpoint.stem}_w{args.guidance:g}"
-    for flag in ("variations", "sample_steps", "batch_images"):
-        if getattr(args, flag) < 1:
-            common.die(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected at least 1")
+    common.at_least_one(args, "variations", "sample_steps", "batch_images")
     if (args.out / "images.npy").exists():
         common.die(f"{args.out} holds images of 01_embed.py, not samples; choose another --out")
     device, rank, world = common.start(args.device)

@@ -1,20 +1,22 @@
-"""07: 2SDM, two-stage diffusion models. First sample what to draw, an embedding y; then draw it, an image x given y.
+"""07: 2SDM, two-stage diffusion models. First sample what to draw, an embedding y; then draw it, an image x given y ([2SDM]).
 
 Reads   DATA of 01: images.npy, cls.npy, split.npy, pages.npy; cls_aug.npy [A, N, D] float32 if it is there (01 --augment A):
         embeddings of A augmented views of each image, for the prior
-Writes  into --out: {none,film,kmeansK}_STEPS.pt (image models), prior.pt, interpolation.png, and a folder a row of the table:
+Writes  into --out: {none,film,kmeansK,pcaK}_STEPS.pt (image models), prior.pt, interpolation.png, and a folder a row:
         samples.npy [n, 1, S, S, 3] uint8   y.npy [n, C] float32, what they were given   samples.json, how, and how long it took
         `sweep`: rows sweep/NAME_STEPS of image models that are told more or less of y, at two budgets
         `figures`, after 01 --cls-only on every row and 06 on all: rows.png, neighbours.png, distances.png, sweep.png
 
-    p(x) = E_y p(x | y),  y ~ p(y)      prior:  min over phi    E | y_phi(alpha y + sigma eps, logsnr) - y |^2    (x-prediction)
+    p(x) = E_y p(x | y),  y ~ p(y)      prior:  min over phi    E | y_phi(alpha y + sigma eps, logsnr) - y |^2    (x-prediction,
+                                                                of y standardised by the training images' mean and deviation)
                                         image:  min over theta  E | v_theta(alpha x + sigma eps, logsnr, y) - v |^2   (as in 03)
 
 Rows: unconditional      the baseline, no y                    kmeans   y is the centroid of one of K clusters, drawn by its size
       2sdm               y from the prior                      oracle   y of training images: what a perfect prior would give
       2sdm_fewer_steps   as 2sdm, with less arithmetic in all than the baseline
-One network and one recipe for all; only y differs, and image i has the same noise in every row. With --label page both stages
-are also given the page a of the image: p(y | a) p(x | y, a). Repeat the command to resume; what is finished is not made again.
+The image models have one network and one recipe, only y differs, and image i has the same noise in every row; the prior and its
+training come on top. With --label page both stages are also given the page a of the image: p(y | a) p(x | y, a), and so is the
+baseline. Repeat the command to resume; what is finished is not made again.
 
     python 07_twostage.py                       # digits at 16 px on a CPU; `make twostage` also runs 01 and 06 on every row
     python 07_twostage.py sweep                 # `make sweep` also scores and plots it
@@ -23,7 +25,9 @@ are also given the page a of the image: p(y | a) p(x | y, a). Repeat the command
 import argparse
 import copy
 import json
+import math
 import time
+import zlib
 from functools import partial
 
 import numpy as np
@@ -59,7 +63,8 @@ class Prior(nn.Module):
         self.out = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, dim))
 
     def forward(self, z, logsnr, label, view):
-        angles = logsnr[:, None] / 30 * torch.logspace(0, 3, 32, device=z.device)       # [B, 32]; logsnr in +-15
+        freqs = torch.exp(torch.linspace(0, math.log(1000), 32, device=z.device))
+        angles = (logsnr / 30)[:, None] * freqs                          # [B, 32]; logsnr in +-15
         noise_level = self.noise_in(torch.cat([angles.sin(), angles.cos()], -1))
         tokens = [noise_level + self.view(view), self.y_in(z.flatten(1)), self.query.expand(len(z), -1)]
         if self.label is not None:
@@ -73,8 +78,8 @@ class Prior(nn.Module):
 
 
 def sample_y(prior, noise, label, steps):
-    """y [B, D] from the prior by DDPM; noise() -> [B, D, 1, 1], label [B]."""
-    def denoise(z, logsnr):                                              # x_hat = alpha z - sigma v, solved for v
+    """y [B, D] from the prior by DDPM; noise() -> [B, D, 1, 1], label [B]. x_hat becomes v = (alpha z - x_hat) / sigma."""
+    def denoise(z, logsnr):
         alpha, sigma = common.alpha_sigma(logsnr)
         return (alpha * z - prior(z, logsnr, label, torch.zeros_like(label))) / sigma
     return prior.to_y(common.ddpm_sample(denoise, noise(), noise, steps, prior_schedule, clip=False))
@@ -98,20 +103,24 @@ class PriorBatches(torch.utils.data.Dataset):
 
 
 def train_prior(args, data, label, labels):
-    """The prior of the training images' cls, with averaged weights; label [N] int64 is ignored if there are no `labels`."""
+    """The prior of the training images' cls, with averaged weights, and its config; label [N] int64, -1 for none of `labels`."""
     device, rank, world = common.start(args.device)
     args = argparse.Namespace(**vars(args) | dict(out=args.out / "prior.pt", steps=args.prior_steps, batch=args.prior_batch,
                                                   lr=args.prior_lr, weight_decay=args.prior_weight_decay))
     views, augmented = [data.cls], data.folder / "cls_aug.npy"
     if augmented.exists():
         views += list(common.read_array(augmented, np.float32, 3))
+        if views[1].shape != data.cls.shape:
+            common.die(f"{augmented} holds embeddings of shape {views[1].shape}, cls.npy {data.cls.shape}; run 01_embed.py again")
     network = dict(dim=data.cls.shape[1], width=args.prior_width, labels=labels, views=len(views))
     recipe = ("steps", "lr", "batch", "weight_decay", "warmup", "decay", "ema", "seed")
-    config = dict(network=network, encoder=data.meta["encoder"], **{key: getattr(args, key) for key in recipe})
-    train, held_out = np.flatnonzero(data.split == 0), np.flatnonzero(data.split == 1)
+    train, held_out = np.flatnonzero(data.split == 0), np.flatnonzero((data.split == 1) & (label >= 0))
+    known = np.ascontiguousarray(data.cls[training.some_of(train)])
+    config = dict(network=network, encoder=data.meta["encoder"], data=zlib.crc32(known), labels=zlib.crc32(label),
+                  **{key: getattr(args, key) for key in recipe})
     torch.manual_seed(args.seed)
     model = Prior(**network)
-    model.norm.fit(data.cls[train])
+    model.norm.fit(known)
 
     def loss_of(net, y, eps, t, label, view):
         """Squared error of x_hat, in units of the training set's variance: [b]."""
@@ -128,8 +137,9 @@ def train_prior(args, data, label, labels):
                 print(f"prior, averaged weights: loss {loss:.3f} on {name} embeddings")
 
     training.train(args, config, model, PriorBatches(args, views, label, train, rank, world), loss_of, show)
-    model.load_state_dict(common.read_checkpoint(args.out)["ema"])
-    return model.to(device).eval()
+    prior = Prior(**network)
+    prior.load_state_dict(common.read_checkpoint(args.out)["ema"])
+    return prior.to(device).eval(), config
 
 
 def image_model(args, data, name, condition, steps):
@@ -157,9 +167,11 @@ def clusters(cls, split, k):
 
 def principal_components(cls, split, k):
     """[N, k]: the coordinates of each embedding along the k directions in which those of the training images vary most."""
-    train = cls[split == 0][:20_000]
+    train = cls[training.some_of(np.flatnonzero(split == 0))]
     mean = train.mean(0)
     directions = np.linalg.svd(train - mean, full_matrices=False)[2][:k]                 # [k, D]
+    largest = np.abs(directions).argmax(1)
+    directions *= np.sign(directions[np.arange(len(directions)), largest])[:, None]      # a direction has no sign of its own
     return (cls - mean) @ directions.T
 
 
@@ -183,11 +195,11 @@ def gflops(net, *inputs):
     return counter.get_total_flops() / 1e9
 
 
-def fewer_steps(prior, image, x, y, steps):
-    """Image steps with which 2SDM takes at most 9/10 of the baseline's arithmetic, 1 if none do; x, y: inputs of one image."""
+def fewer_steps(prior, image, baseline, x, y, y_baseline, steps):
+    """Image steps with which 2SDM takes at most 9/10 of the baseline's arithmetic, if 1 is not too many; x, y: of one image."""
     logsnr, label, dim = x.new_zeros(1), x.new_zeros(1, dtype=torch.long), len(prior.norm.mean)
     of_prior, of_image = gflops(prior, y[:, :dim, None, None], logsnr, label, label), gflops(image, x, logsnr, y)
-    return max(1, int(steps * (0.9 - of_prior / of_image)))
+    return max(1, int(steps * (0.9 * gflops(baseline, x, logsnr, y_baseline) - of_prior) / of_image))
 
 
 def draw_conditions(split, n, seed):
@@ -200,11 +212,14 @@ def draw_conditions(split, n, seed):
 def sample_row(args, folder, image, given, steps, prior=None, label=None):
     """Fill a row's folder with n images, each rank whole batches; returns its samples.json, with ms_image, their cost.
 
-    given [n, C]: the condition of each, or what goes behind the y that the prior draws for label [n].
+    image, prior: model and config. given [n, C]: the condition of each, or what goes behind the y that prior draws for label [n].
     """
     (net, config), (device, rank, world), n = image, common.start(args.device), len(given)
+    prior, prior_config = prior or (None, None)
+    trained_with = json.dumps([config, prior_config], sort_keys=True).encode()
     about = dict(model=folder.name, seed=args.seed, n=n, sample_steps=steps, image_model=config["name"], trained=config["steps"],
-                 parameters=sum(w.numel() for part in (net, prior) if part is not None for w in part.parameters()))
+                 parameters=sum(w.numel() for part in (net, prior) if part is not None for w in part.parameters()),
+                 config=zlib.crc32(trained_with))
     if (folder / "samples.json").exists():
         old = common.read_json(folder / "samples.json")
         if any(old.get(key) != about[key] for key in about):
@@ -231,6 +246,8 @@ def sample_row(args, folder, image, given, steps, prior=None, label=None):
     if rank == 0:
         in_prior, in_image = np.median(seconds, axis=0)
         about |= dict(ms_image=1e3 * (in_prior + in_image), prior_share=in_prior / (in_prior + in_image))
+        for stale in ("cls.npy", "data.json"):                           # of samples that were here before
+            (folder / stale).unlink(missing_ok=True)
         with common.writing(folder / "samples.json") as f:               # last: the row is whole
             f.write(json.dumps(about, indent=1).encode())
         print("{model:17}{sample_steps:4} steps,{ms_image:8.2f} ms an image, {prior_share:.0%} in the prior".format_map(about))
@@ -239,10 +256,12 @@ def sample_row(args, folder, image, given, steps, prior=None, label=None):
 
 def table(args, data):
     """Train what is missing and fill every row; the interpolation grid."""
-    device, rank, _ = common.start(args.device)
+    device, rank, world = common.start(args.device)
+    if args.prior_batch % (world * args.accumulate):
+        common.die(f"--prior-batch {args.prior_batch} does not divide into {world} processes x {args.accumulate} backward passes")
     pages = np.unique(data.pages[data.split == 0]) if args.label else np.zeros(0, np.int32)
-    label = np.searchsorted(pages, data.pages).clip(0, max(0, len(pages) - 1))           # [N]
-    one_hot = (data.pages[:, None] == pages).astype(np.float32)          # [N, L]; rows of held-out pages may be 0
+    one_hot = (data.pages[:, None] == pages).astype(np.float32)          # [N, L]; 0 for pages without a training image
+    label = np.where(one_hot.any(1), one_hot.argmax(1), -1) if args.label else np.zeros(len(data.pages), np.int64)       # [N]
     drawn = draw_conditions(data.split, args.samples, args.seed)
     names = {"unconditional": "none", "oracle": "film", "kmeans": f"kmeans{args.clusters}"}
     given = {row: np.concatenate([told(data.cls, data.split, name), one_hot], 1) for row, name in names.items()}   # [N, C] each
@@ -250,13 +269,14 @@ def table(args, data):
     prior = train_prior(args, data, label, len(pages))
     for row in names:
         sample_row(args, args.out / row, images[row], given[row][drawn], args.sample_steps)
-    x, y = torch.zeros(1, 3, args.size, args.size, device=device), torch.from_numpy(given["oracle"][:1]).to(device)
-    fewer = fewer_steps(prior, images["oracle"][0], x, y, args.sample_steps)
+    x = torch.zeros(1, 3, args.size, args.size, device=device)
+    y, y_baseline = (torch.from_numpy(given[row][:1]).to(device) for row in ("oracle", "unconditional"))
+    fewer = fewer_steps(prior[0], images["oracle"][0], images["unconditional"][0], x, y, y_baseline, args.sample_steps)
     for row, steps in (("2sdm", args.sample_steps), ("2sdm_fewer_steps", fewer)):
         sample_row(args, args.out / row, images["oracle"], one_hot[drawn], steps, prior, label[drawn])
     if rank == 0:
         a = torch.from_numpy(label[drawn[:1]]).to(device)
-        interpolate(args, args.out / "interpolation.png", prior, images["oracle"], one_hot[drawn[:1]], a)
+        interpolate(args, args.out / "interpolation.png", prior[0], images["oracle"], one_hot[drawn[:1]], a)
         print(f"wrote {args.out}; next 01_embed.py --cls-only on every row, 06, 07_twostage.py figures: `make twostage` does it")
 
 
@@ -322,18 +342,20 @@ def figures(args, data):
     common.contact_sheet(args.out / "neighbours.png", sheet)
     with common.writing(args.out / "distances.png") as f:
         figure.savefig(f, dpi=120, format="png")
-    if (args.out / "sweep" / "metrics.json").exists():
-        plot_sweep(args.out / "sweep.png", common.read_json(args.out / "sweep" / "metrics.json"))
+    scores = args.out / "sweep" / "metrics.json"
+    if scores.exists():
+        plot_sweep(args.out / "sweep.png", json.loads(scores.read_text()))
     print(f"wrote {args.out}/rows.png ({', '.join(ROWS)}), neighbours.png and distances.png")
 
 
 def plot_sweep(path, rows):
     """FID over what the image model is told of y, a curve a budget: PCA coordinates on the left, k-means on the right."""
     import matplotlib.pyplot as plt
-    fid = {row["model"]: row["fid"] for row in rows if row["reference"] == "unseen" and "trained" in row}
+    rows = [row for row in rows if "trained" in row and row["reference"] == rows[0]["reference"]]
+    fid = {row["model"]: row["fid"] for row in rows}
     figure, panels = plt.subplots(1, 2, figsize=(11, 4), layout="constrained", sharey=True)
     for axes, kind, what in zip(panels, ("pca", "kmeans"), ("principal components of y", "clusters of y")):
-        for colour, steps in enumerate(sorted({row["trained"] for row in rows if "trained" in row})):
+        for colour, steps in enumerate(sorted({row["trained"] for row in rows})):
             told_of = {name: int(name.removeprefix(kind)) for name in SWEEP if name.startswith(kind)}
             curve = [fid[f"{name}_{steps}"] for name in told_of]
             axes.plot(told_of.values(), curve, "o-", color=f"C{colour}", label=f"{steps} steps")
@@ -360,6 +382,7 @@ def main():
     p.add_argument("--prior-width", type=int, default=128, help="features of the prior's tokens")
     p.add_argument("--prior-weight-decay", type=float, default=0.01)
     args = common.parse(p)
+    common.at_least_one(args, "samples", "batch_images", "clusters", "prior_steps", "prior_batch", "prior_width")
     args.out = args.out or args.data / ("twostage_page" if args.label else "twostage")
     dict(table=table, sweep=sweep, figures=figures)[args.what](args, common.Data(args.data))
 

@@ -45,11 +45,11 @@ $(RUN)/pairs.npy: $(RUN)/data.json
 
 # what was trained on an older input is deleted; what was interrupted is resumed
 $(RUN)/recon.pt: $(RUN)/data.json
-	@find $@ $@.partial ! -newer $< -delete 2>/dev/null || true
+	@find $@ $@.partial $@.sharded -depth ! -newer $< -delete 2>/dev/null || true
 	$(SHARE) 03_train_recon.py --data $(RUN) --seed $(SEED)
 
 $(RUN)/pairs.pt: $(RUN)/pairs.npy
-	@find $@ $@.partial ! -newer $< -delete 2>/dev/null || true
+	@find $@ $@.partial $@.sharded -depth ! -newer $< -delete 2>/dev/null || true
 	$(SHARE) 04_train_pairs.py --data $(RUN) --seed $(SEED)
 
 # for each guidance weight w = $(1): samples of both models, and a sheet of the pair model's beside the other's

@@ -8,12 +8,15 @@ The papers, as cited in the comments:
   [PD]  Progressive Distillation for Fast Sampling (v-prediction), arXiv 2202.00512
   [VDM] Variational Diffusion Models (log-SNR as time), arXiv 2107.00630
   [CFG] Classifier-Free Diffusion Guidance, arXiv 2207.12598
+  [2SDM] Two-Stage Diffusion Models: Better Image Synthesis by Explicitly Modeling Semantics, openreview.net/forum?id=fH2wf2w2Ss
+        (first as Visual Chain-of-Thought Diffusion Models, arXiv 2303.16187)
 
     python common.py        # the table of presets: parameters and GFLOPs an image (meta device, no memory)
 """
 import argparse
 import contextlib
 import ctypes
+import functools
 import json
 import math
 import os
@@ -110,7 +113,7 @@ def ddpm_sample(denoise, z, noise, steps, logsnr_of_t, interpolation=0.2, clip=T
     """DDPM ancestral sampling from z at t = 1 to x_hat at t = 0 ([VDM] appendix A; variance interpolated in log space, [SD]).
 
     denoise(z [B, C, H, W], logsnr [B]) -> v; noise() -> fresh unit noise like z; interpolation: weight of the larger
-    posterior variance in log space (0: sigma_s^2 (1-r), 1: sigma_t^2 (1-r)). Returns x_hat of the last step, in [-1, 1].
+    posterior variance in log space (0: sigma_s^2 (1-r), 1: sigma_t^2 (1-r)). Returns x_hat of the last step; clip: to [-1, 1].
     """
     logsnrs = logsnr_of_t(torch.linspace(1, 0, steps + 1, device=z.device))
     for i in range(steps):
@@ -164,7 +167,7 @@ def zero(layer):
 
 
 class Standardise(nn.Module):
-    """(x - mean) / std of each feature over the training set: set once by train(), kept in the checkpoint."""
+    """(x - mean) / std of each feature over the training set: fitted before training, kept in the checkpoint."""
 
     def __init__(self, dim):
         super().__init__()
@@ -363,7 +366,7 @@ def read_checkpoint(path):
     """{model, ema, optimizer, step, config} of a .pt file that train() wrote: tensors and plain values, no pickled objects."""
     parts = dict(model=dict, ema=dict, step=int, config=dict)
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)         # reads what is used of it
         if not all(isinstance(checkpoint[name], kind) for name, kind in parts.items()):
             raise TypeError
     except FileNotFoundError:
@@ -447,20 +450,31 @@ def parse(p, argv=None):
     return args
 
 
+@functools.cache
 def start(device):
     """Pick the device and join torchrun's process group if there is one, once. Returns (device, rank, world)."""
     with contextlib.suppress(AttributeError, OSError, TypeError):      # glibc: keep freed memory instead of faulting it in again,
         for option in (-1, -3):                                        # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD: a tenth of a CPU step
             ctypes.CDLL(None).mallopt(option, 1 << 25)
     rank, world, local = (int(os.environ.get(k, v)) for k, v in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    device = device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    alone = "RANK" not in os.environ                                   # gloo does not know MPS
+    device = device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() and alone else "cpu")
+    if device.startswith("cuda:") and not alone:
+        die(f"--device {device}: under torchrun every process has its own; give --device cuda")
     if device == "cuda":
         device = f"cuda:{local}"
         torch.cuda.set_device(local)
         torch.set_float32_matmul_precision("high")                     # TF32 for what stays in float32
-    if "RANK" in os.environ and not dist.is_initialized():
+    if not alone:
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(hours=1))
     return torch.device(device), rank, world
+
+
+def at_least_one(args, *flags):
+    """Exit with one line if one of these numbers is less than 1."""
+    for flag in flags:
+        if getattr(args, flag) < 1:
+            die(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected at least 1")
 
 
 def wait():

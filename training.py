@@ -2,7 +2,8 @@
 
 One process, or many under torchrun: DistributedDataParallel, or with --fsdp every parameter, gradient, moment and average in
 slices over the processes (FSDP2). A step is a function of (seed, step) alone, so a repeated command resumes an interrupted run
-and ends with the same bits; with another number of processes or another engine it ends with the same up to rounding.
+and ends with the same bits (on a CPU; a GPU's kernels are not that strict); with another number of processes or another engine
+it ends with the same up to rounding. Papers are cited as in common.py.
 
 Writes  OUT {model, ema, optimizer, step, config}, by a rename, when it is done     OUT with .jsonl, the log     OUT with .png
         OUT.partial, the same as OUT, while it trains; with --fsdp OUT.sharded/STEP/, to which each process writes its slices
@@ -31,6 +32,7 @@ from torch import nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_state_dict,
                                                      set_model_state_dict, set_state_dict)
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -83,6 +85,11 @@ class PairBatches(torch.utils.data.Dataset):
                     drop=torch.from_numpy(drop[self.mine]), **self.data.embeddings(condition, self.args.cond, "cpu"))
 
 
+def some_of(rows):
+    """Up to 5,000 of the rows, from all over: enough to tell mean and standard deviation, and other data from these."""
+    return rows[::1 + len(rows) // 5000]
+
+
 def train_images(args, data, pairs):
     """Train a U-ViT on pairs [P, 2] of (condition, target) indices: train(), and a sheet of samples beside args.out."""
     _, rank, world = common.start(args.device)
@@ -98,13 +105,12 @@ def train_images(args, data, pairs):
     network = dict(size=args.size, patch=args.patch, channels=list(args.channels), blocks=list(args.blocks), cond=args.cond,
                    cls_dim=data.cls.shape[1], token_shape=list(data.tokens.shape[1:]))
     recipe = ("preset", "loss", "noise_size", "cond_drop", "batch", "steps", "lr", "warmup", "decay", "ema", "seed", "time_power")
-    config = dict(network=network, encoder=data.meta["encoder"], pairs=zlib.crc32(np.ascontiguousarray(pairs)))
-    config |= {key: getattr(args, key) for key in recipe}
+    rows = some_of(np.flatnonzero(data.split == 0))
+    config = dict(network=network, encoder=data.meta["encoder"], pairs=zlib.crc32(np.ascontiguousarray(pairs)),
+                  data=zlib.crc32(np.ascontiguousarray(data.cls[rows])), **{key: getattr(args, key) for key in recipe})
 
     torch.manual_seed(args.seed)
     model = common.UViT(**network)
-    rows = np.flatnonzero(data.split == 0)
-    rows = rows[::1 + len(rows) // 5000]                               # up to 5,000 images tell mean and standard deviation
     if args.cond in ("film", "both"):
         model.cls_norm.fit(data.cls[rows])
     if args.cond in ("tokens", "both"):
@@ -166,11 +172,18 @@ def compiled(model, loss_of, batch, args, device):
         with common.autocast(device, args.amp):
             loss = loss_of(net, **rows)
         loss.mean().backward()
+    except torch.OutOfMemoryError:
+        raise
     except Exception as e:  # the compiler's own, and those of every tool it calls
         print(f"--compile: {type(e).__name__}, {str(e).splitlines()[0]}; going on without it", file=sys.stderr)
         net = model
     model.zero_grad()
     return net
+
+
+def ignore_sigterm(worker):
+    """torchrun sends SIGTERM to the loaders' workers too, which must live until the training has saved."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def train(args, config, model, batches, loss_of, show=lambda ema, device, rank: None):
@@ -181,24 +194,32 @@ def train(args, config, model, batches, loss_of, show=lambda ema, device, rank: 
     Adam with betas (0.9, 0.99) and eps 1e-12, and an average of the weights ([SD], appendix). SIGTERM saves and exits with 143.
     """
     device, rank, world = common.start(args.device)
+    common.at_least_one(args, "batch", "accumulate", "steps", "log_every", "save_every", "sample_steps")
     if args.batch % (world * args.accumulate):
         common.die(f"--batch {args.batch} does not divide into {world} processes x {args.accumulate} backward passes")
     if args.fsdp and not dist.is_initialized():
         common.die("--fsdp shares the network out over processes; start it with torchrun --nproc-per-node=N")
+    if args.fsdp and args.compile:
+        common.die("--compile and --fsdp together are not supported; give one of them")
+    if args.out.exists():
+        step = check(args.out, common.read_checkpoint(args.out), config)
+        if step < args.steps:
+            common.die(f"{args.out} holds step {step} of {args.steps}; move it away to train the rest")
+        print(f"{args.out} is there already, {step} steps")
+        return
     model.to(device)
     ema = copy.deepcopy(model).requires_grad_(False)
     if args.recompute:
         for block in blocks(model):
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     if args.fsdp:
+        mesh = init_device_mesh(device.type, (world,))
         for net in (model, ema):
             for block in (*blocks(net), net):
-                fully_shard(block, reshard_after_forward=True)
+                fully_shard(block, mesh=mesh, reshard_after_forward=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.99), eps=1e-12, weight_decay=args.weight_decay,
                                   fused=device.type != "mps")          # with no weight decay it is Adam
     first = resume(args.out, config, model, ema, optimizer)
-    if first is None:
-        return
     log = args.out.with_suffix(".jsonl")
     if rank == 0:
         with common.writing(log) as f:                                 # keep the lines up to the step we resume from
@@ -207,9 +228,10 @@ def train(args, config, model, batches, loss_of, show=lambda ema, device, rank: 
 
     net = compiled(model, loss_of, batches[first], args, device) if args.compile and first < args.steps else model
     if world > 1 and not args.fsdp:
-        net = DistributedDataParallel(net, gradient_as_bucket_view=True)
+        net = DistributedDataParallel(net, gradient_as_bucket_view=True, broadcast_buffers=False)
     loader = torch.utils.data.DataLoader(batches, batch_size=None, sampler=range(first, args.steps), num_workers=args.workers,
-                                         pin_memory=device.type == "cuda")
+                                         worker_init_fn=ignore_sigterm, pin_memory=device.type == "cuda",
+                                         multiprocessing_context="fork" if args.workers else None)
     stop, losses, bins, clock = [], [], torch.zeros(2, 5, device=device), time.perf_counter()
     before = signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
     bar = common.progress(loader, rank, initial=first, total=args.steps, unit="step", desc=args.out.stem)
@@ -230,12 +252,13 @@ def train(args, config, model, batches, loss_of, show=lambda ema, device, rank: 
         optimizer.zero_grad()
         update_ema(ema, model, step, args.ema)
 
-        done, stopping = step + 1, bool(stop)
-        if world > 1:                                                  # ranks hear of it at different steps: agree on one
-            asked = torch.tensor(float(stopping), device=device)
-            if done % 10 == 0:
-                dist.all_reduce(asked)
-            stopping = done % 10 == 0 and asked.item() > 0
+        done, stopping = step + 1, False
+        if world == 1:
+            stopping = bool(stop)
+        elif done % 10 == 0:                                           # ranks hear of it at different steps: agree on one
+            asked = torch.tensor(float(bool(stop)), device=device)
+            dist.all_reduce(asked)
+            stopping = asked.item() > 0
         stopping = stopping and done < args.steps
         saving = done % args.save_every == 0 or done == args.steps or stopping
         if done % args.log_every and not saving:
@@ -256,8 +279,11 @@ def train(args, config, model, batches, loss_of, show=lambda ema, device, rank: 
         levels = " ".join(f"{value:.3f}" for value in by_noise_level)
         bar.set_postfix_str(f"{speed:.0f} images/s, loss {mean:.4f}, by noise level {levels}")
         if rank == 0:
-            with open(log, "a") as f:
-                f.write(json.dumps(row) + "\n")
+            try:
+                with open(log, "a") as f:
+                    f.write(json.dumps(row) + "\n")
+            except OSError as e:
+                common.die(f"cannot write {log}: {e.strerror or e}; free some space and repeat the command")
         if saving:
             save(args.out, done, config, model, ema, optimizer, args.fsdp)
             if done < args.steps and not stopping:
@@ -273,12 +299,14 @@ def train(args, config, model, batches, loss_of, show=lambda ema, device, rank: 
     if rank == 0:
         if slices := newest_slices(args.out):
             export(slices, args.out)
-            shutil.rmtree(slices.parent)
+            remove(slices)
+            shutil.rmtree(slices.parent, ignore_errors=True)
         else:
             os.replace(f"{args.out}.partial", args.out)
         print(f"wrote {args.out} and {log.name}")
-    if world > 1:
-        dist.barrier()                                                 # OUT is there for all ranks
+    common.wait()                                                      # OUT is there for all ranks
+    if stop:                                                           # too late to save anything more
+        sys.exit(143)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -299,22 +327,33 @@ def save(out, step, config, model, ema, optimizer, fsdp):
         if rank == 0:
             with common.writing(partial_file) as f:
                 torch.save(state | dict(step=step, config=config), f)
+            for older in slices.glob("*"):
+                remove(older)
             shutil.rmtree(slices, ignore_errors=True)
         return
     whole, unfinished = slices / f"{step:08d}", slices / f"{step:08d}.tmp"
     if rank == 0:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        shutil.rmtree(whole, ignore_errors=True)
-    dist.barrier()
-    dcp.save(state, checkpoint_id=unfinished)
+        remove(unfinished)
+        remove(whole)
+    common.wait()
+    try:
+        dcp.save(state, checkpoint_id=unfinished)
+    except (OSError, dcp.api.CheckpointException) as e:
+        common.die(f"cannot write {unfinished}: {e}")
     if rank == 0:
         with common.writing(unfinished / "step.json") as f:
             f.write(json.dumps(dict(step=step, config=config)).encode())
         os.rename(unfinished, whole)
         for other in (found for found in slices.iterdir() if found != whole):
-            shutil.rmtree(other)
+            remove(other)
         partial_file.unlink(missing_ok=True)
-    dist.barrier()
+    common.wait()
+
+
+def remove(slices):
+    """Delete a folder of slices, first the file without which it does not count."""
+    (slices / "step.json").unlink(missing_ok=True)
+    shutil.rmtree(slices, ignore_errors=True)
 
 
 def newest_slices(out):
@@ -323,19 +362,22 @@ def newest_slices(out):
     return max(found, default=None)
 
 
+def check(path, state, config):
+    """The step of a checkpoint; exits with one line if it was not trained with this config."""
+    other = [key for key in config if config[key] != state["config"].get(key)]
+    if other:
+        common.die(f"{path} was trained with another {', '.join(other)}; give another --out or delete it")
+    return state["step"]
+
+
 def resume(out, config, model, ema, optimizer):
-    """Load what is there; returns the steps done: 0 at the start, None if OUT is finished. Dies if it was trained otherwise."""
+    """Load what is there of an unfinished training; returns the steps done, 0 at the start."""
     slices, unfinished = newest_slices(out), Path(f"{out}.partial")
-    found = next((path for path in (out, slices, unfinished) if path and path.exists()), None)
+    found = next((path for path in (slices, unfinished) if path and path.exists()), None)
     if found is None:
         return 0
     state = common.read_json(slices / "step.json", "training.py") if found == slices else common.read_checkpoint(found)
-    other = [key for key in config if config[key] != state["config"].get(key)]
-    if other:
-        common.die(f"{found} was trained with another {', '.join(other)}; give another --out or delete it")
-    if found == out:
-        print(f"{out} is there already, {state['step']} steps")
-        return None
+    check(found, state, config)
     if found == slices:
         state |= state_of(model, ema, optimizer)
         dcp.load({key: state[key] for key in ("model", "ema", "optimizer")}, checkpoint_id=slices)
@@ -350,7 +392,7 @@ def export(slices, out):
     about, merged = common.read_json(slices / "step.json", "training.py --fsdp"), slices / "merged.tmp"
     dcp_to_torch_save(slices, merged)
     with common.writing(out) as f:
-        torch.save(torch.load(merged, weights_only=True) | about, f)
+        torch.save(torch.load(merged, mmap=True, weights_only=True) | about, f)
     merged.unlink()
 
 

@@ -303,13 +303,13 @@ def commands(args, counts):
     nodes = 8
     one = f"torchrun --standalone --nproc-per-node={NODE}"
     many = f"torchrun --nnodes={nodes} --nproc-per-node={NODE} --rdzv-id=$JOB --rdzv-backend=c10d --rdzv-endpoint=$HEAD:29500"
-    patient = "--max-restarts=3 --shutdown-timeout=600"
+    patient = "--max-restarts=3 --shutdown-timeout=120"
     return f"""```
 # on every node: without it processes that --max-restarts starts again find the addresses of the dead ones (PyTorch issue 135712)
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
 # one node, semantica64
-{one} 01_embed.py --images photos/ --out runs/web --preset semantica64 --encoder dinov2_vitl14
+{one} 01_embed.py --images photos/ --out runs/web --preset semantica64
 python 02_filter_pairs.py --data runs/web
 {one} {patient} 03_train_recon.py --data runs/web \\
     {training('semantica64', NODE)}
@@ -322,7 +322,7 @@ python 06_fewshot_metrics.py --data runs/web
 
 # {nodes} nodes, semantica256: torchrun on every node at once; HEAD: one of them; JOB: the same on all, another for each command
 {many} \\
-    01_embed.py --images photos/ --out runs/web256 --preset semantica256 --encoder dinov2_vitl14
+    01_embed.py --images photos/ --out runs/web256 --preset semantica256
 python 02_filter_pairs.py --data runs/web256                       # on one node
 {many} \\
     {patient} 03_train_recon.py --data runs/web256 {training('semantica256', NODE * nodes)}

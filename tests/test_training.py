@@ -153,12 +153,13 @@ def test_sigterm_and_kill_then_the_same_command_finishes(tiny_data):
     whole = tiny_data / "whole.pt"
     uninterrupted = subprocess.Popen([*command, "--out", whole], cwd=ROOT, env=env)
     for sig, code in ((signal.SIGTERM, 143), (signal.SIGKILL, -9)):
-        process = subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen([*command, "--workers", "1"], cwd=ROOT, env=env, stderr=subprocess.DEVNULL,
+                                   start_new_session=True)
         partial, before = tiny_data / "pairs.pt.partial", 0
         before = partial.stat().st_mtime_ns if partial.exists() else 0
         while process.poll() is None and not (partial.exists() and partial.stat().st_mtime_ns > before):
             time.sleep(0.01)
-        process.send_signal(sig)
+        os.killpg(process.pid, sig)                                    # its loader too, as torchrun and schedulers do
         assert process.wait() == code
         assert not (tiny_data / "pairs.pt").exists()
     subprocess.run(command, cwd=ROOT, env=env, check=True)
@@ -300,7 +301,8 @@ def test_what_cannot_be_compiled_runs_as_it_is(train_args, monkeypatch, capsys):
             raise RuntimeError("no C++ compiler\nfound")
 
     plain = run(train_args("--steps", "2", "--out", str(train_args().data / "plain.pt")))
-    for name, breaks in (("backward", lambda model: lambda *a, **k: Broken.apply(model(*a, **k))), ("forward", lambda model: None)):
+    broken = dict(backward=lambda model: lambda *a, **k: Broken.apply(model(*a, **k)), forward=lambda model: None)
+    for name, breaks in broken.items():
         monkeypatch.setattr(torch, "compile", breaks)
         assert_same(run(train_args("--steps", "2", "--compile", "--out", str(train_args().data / f"{name}.pt"))), plain)
         error = capsys.readouterr().err

@@ -47,7 +47,7 @@ def draw(prior, label, steps=20):
 
 def test_prior_recovers_a_gaussian_mixture(mixture):
     args, data, label = mixture
-    prior = twostage.train_prior(args, data, label, 0)
+    prior, _ = twostage.train_prior(args, data, label, 0)
     y = draw(prior, torch.zeros(1000, dtype=torch.long))
     nearest = np.linalg.norm(y[:, None] - MEANS, axis=2).argmin(1)
     np.testing.assert_allclose(np.bincount(nearest, minlength=3) / 1000, WEIGHTS, atol=0.07)
@@ -60,7 +60,7 @@ def test_labels_choose_and_augmented_views_stay_out_of_the_samples(mixture):
     args, data, label = mixture
     args.out = args.out / "labelled"
     np.save(data.folder / "cls_aug.npy", np.stack([data.cls + 4, data.cls - 4]))
-    prior = twostage.train_prior(args, data, label, 3)
+    prior, _ = twostage.train_prior(args, data, label, 3)
     assert prior.view.num_embeddings == 3 and prior.label.num_embeddings == 3
     asked = torch.arange(300) % 3
     y = draw(prior, asked)
@@ -72,7 +72,7 @@ def test_labels_choose_and_augmented_views_stay_out_of_the_samples(mixture):
 def test_resume_equals_the_uninterrupted_run(mixture, monkeypatch, capsys):
     args, data, label = mixture
     args.prior_steps, args.prior_width, args.save_every = 7, 16, 3
-    whole = twostage.train_prior(SimpleNamespace(**{**vars(args), "out": args.out / "whole"}), data, label, 3)
+    whole = twostage.train_prior(SimpleNamespace(**{**vars(args), "out": args.out / "whole"}), data, label, 3)[0]
     true_rate = training.learning_rate
     with monkeypatch.context() as patch:
         def crash(step, args):
@@ -83,8 +83,8 @@ def test_resume_equals_the_uninterrupted_run(mixture, monkeypatch, capsys):
         with pytest.raises(KeyboardInterrupt):
             twostage.train_prior(args, data, label, 3)
     assert common.read_checkpoint(args.out / "prior.pt.partial")["step"] == 3 and not (args.out / "prior.pt").exists()
-    resumed = twostage.train_prior(args, data, label, 3)
-    again = twostage.train_prior(args, data, label, 3)                              # from prior.pt
+    resumed, _ = twostage.train_prior(args, data, label, 3)
+    again, _ = twostage.train_prior(args, data, label, 3)                              # from prior.pt
     for a, b, c in zip(*(net.state_dict().values() for net in (whole, resumed, again))):
         assert torch.equal(a, b) and torch.equal(a, c)
     args.prior_lr = 1.0
@@ -139,18 +139,18 @@ def test_conditions_and_clusters_come_from_training_images_only():
 
 def test_fewer_steps_are_less_arithmetic_than_the_baseline():
     x, y, label = torch.zeros(1, 3, 8, 8), torch.zeros(1, 6), torch.zeros(1, dtype=torch.long)
-    image = common.UViT(8, 1, [32, 64], [2, 2], "film", 6)
+    image, baseline = (common.UViT(8, 1, [32, 64], [2, 2], cond, 6) for cond in ("film", "none"))
     for width in (16, 32):
         prior = twostage.Prior(6, width, 0, 1)
         of_prior = twostage.gflops(prior, y[..., None, None], torch.zeros(1), label, label)
         blocks = 6 * (4 * width * width * 3 + 8 * width * width * 3 + 2 * 3 * 3 * width)   # projections, MLP, attention
         ends = 64 * width + width * width + 6 * width + width * 6                        # noise level, y in, x_hat out
         assert of_prior * 1e9 == pytest.approx(2 * (blocks + ends), rel=0.05)                # a CPU's attention is not counted
-        steps = twostage.fewer_steps(prior, image, x, y, 25)
-        of_image = twostage.gflops(image, x, torch.zeros(1), y)
+        steps = twostage.fewer_steps(prior, image, baseline, x, y, y, 25)
+        of_image, budget = twostage.gflops(image, x, torch.zeros(1), y), 0.9 * 25 * twostage.gflops(baseline, x, torch.zeros(1))
         assert 1 <= steps < 25
-        assert 25 * of_prior + steps * of_image <= 0.9 * 25 * of_image < 25 * of_prior + (steps + 1) * of_image
-    assert twostage.fewer_steps(twostage.Prior(6, 512, 0, 1), image, x, y, 25) == 1      # a prior dearer than the image model
+        assert 25 * of_prior + steps * of_image <= budget < 25 * of_prior + (steps + 1) * of_image
+    assert twostage.fewer_steps(twostage.Prior(6, 512, 0, 1), image, baseline, x, y, y, 25) == 1          # too dear a prior
 
 
 def test_what_the_image_models_are_told():
@@ -179,7 +179,7 @@ def test_a_sample_is_the_same_in_any_batch_and_has_its_own_condition(tmp_path):
     for batch in (2, 5):
         args = SimpleNamespace(seed=0, size=8, device="cpu", batch_images=batch, sample_steps=2, amp="none")
         row = tmp_path / str(batch)
-        about = twostage.sample_row(args, row, image, given, 2, prior, np.zeros(5, np.int64))
+        about = twostage.sample_row(args, row, image, given, 2, (prior, {}), np.zeros(5, np.int64))
         assert about["ms_image"] > 0 and 0 < about["prior_share"] < 1 and about["n"] == 5
         made.append([np.load(row / f"{name}.npy", allow_pickle=False) for name in ("samples", "y")])
     (x2, y2), (x5, y5) = made
@@ -188,7 +188,7 @@ def test_a_sample_is_the_same_in_any_batch_and_has_its_own_condition(tmp_path):
     np.testing.assert_array_equal(y5[:, 4:], given)                                      # y of the prior, then what was given
     args.seed = 1
     with pytest.raises(SystemExit):
-        twostage.sample_row(args, row, image, given, 2, prior, np.zeros(5, np.int64))
+        twostage.sample_row(args, row, image, given, 2, (prior, {}), np.zeros(5, np.int64))
 
 
 FLAGS = ["--device", "cpu", "--steps", "2", "--batch", "2", "--sample-steps", "2", "--samples", "9", "--batch-images", "4",
@@ -241,6 +241,19 @@ def test_command_line(tiny_data, monkeypatch):
         (out / "neighbours.png").unlink()
 
 
+def test_fsdp_trains_and_draws(tiny_data):
+    """Two processes that share the weights out too: the prior comes back whole to draw from."""
+    script = tiny_data / "small.py"
+    script.write_text("import common, runpy, sys\ncommon.PRESETS['digits16'] |= dict(channels=(16, 32), blocks=(1, 1))\n"
+                      "sys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')\n")
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script, ROOT / "07_twostage.py",
+               "--data", tiny_data, *FLAGS, "--fsdp"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, env=env, check=True)
+    assert {path.parent.name for path in (tiny_data / "twostage").glob("*/samples.json")} == set(ROWS)
+    assert not list((tiny_data / "twostage").glob("*.sharded"))
+
+
 def test_command_line_with_labels(tiny_data, monkeypatch, capsys):
     monkeypatch.setitem(common.PRESETS, "digits16", dict(common.PRESETS["digits16"], channels=(16, 32), blocks=(1, 1)))
     monkeypatch.setattr(sys, "argv", ["07", "--data", str(tiny_data), *FLAGS, "--label", "page"])
@@ -270,5 +283,10 @@ def test_sweep_shares_models_with_the_table_and_is_plotted(tiny_data, monkeypatc
     assert np.load(out / "sweep" / "pca4_1" / "y.npy", allow_pickle=False).shape == (9, 4)
     np.testing.assert_array_equal(*(np.load(out / row / "samples.npy", allow_pickle=False) for row in ("oracle", "sweep/film_2")))
     metrics = [dict(model=row, reference="unseen", trained=int(row[-1]), fid=float(i)) for i, row in enumerate(rows)]
-    twostage.plot_sweep(out / "sweep.png", [*metrics, dict(model="real (train)", reference="unseen", fid=1.0)])
+    metrics.append(dict(model="real (train)", reference="unseen", fid=1.0))
+    (out / "sweep" / "metrics.json").write_text(json.dumps(metrics))
+    for row in ROWS:
+        np.save(out / row / "cls.npy", np.random.default_rng(1).normal(size=(9, 6)).astype(np.float32))
+    monkeypatch.setattr(sys, "argv", [*command, "figures"])
+    twostage.main()
     assert (out / "sweep.png").stat().st_size > 1000
