@@ -375,7 +375,7 @@ def main():
     p.add_argument("--samples", type=int, default=1000, help="n, images a row")
     p.add_argument("--batch-images", type=int, default=100, help="images a forward pass of the sampler")
     p.add_argument("--clusters", type=int, default=16, help="K of the row kmeans")
-    p.add_argument("--sweep-steps", type=int, nargs="+", default=[250, 1000], help="budgets of the sweep, optimiser steps")
+    p.add_argument("--sweep-steps", type=int, nargs="+", default=[500, 1000], help="budgets of the sweep, optimiser steps")
     p.add_argument("--prior-steps", type=int, default=1000, help="optimiser steps of the prior")
     p.add_argument("--prior-batch", type=int, default=64, help="embeddings a step")
     p.add_argument("--prior-lr", type=float, default=2e-3, help="peak learning rate of the prior")
