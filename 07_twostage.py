@@ -148,7 +148,7 @@ def image_model(args, data, name, condition, steps):
     args = argparse.Namespace(**vars(args) | dict(out=args.out / f"{name}_{steps}.pt", steps=steps,
                                                   cond="film" if known else "none"))
     data.cls = condition if known else data.cls
-    training.train_images(args, data, np.stack([train, train], axis=1))  # as in 03: an image and its own condition
+    training.train_images(args, data, np.stack([train, train], axis=1), sheet=False)     # as in 03: image and its own condition
     checkpoint = common.read_checkpoint(args.out)
     model = common.UViT(**checkpoint["config"]["network"]).to(common.start(args.device)[0]).eval()
     model.load_state_dict(checkpoint["ema"])

@@ -90,7 +90,7 @@ def some_of(rows):
     return rows[::1 + len(rows) // 5000]
 
 
-def train_images(args, data, pairs):
+def train_images(args, data, pairs, sheet=True):
     """Train a U-ViT on pairs [P, 2] of (condition, target) indices: train(), and a sheet of samples beside args.out."""
     _, rank, world = common.start(args.device)
     if data.images.shape[1] != args.size:
@@ -122,8 +122,8 @@ def train_images(args, data, pairs):
         alpha, sigma = common.alpha_sigma(logsnr)
         return common.diffusion_loss(net(alpha * x + sigma * eps, logsnr, **condition), x, eps, logsnr, args.loss)
 
-    show = partial(preview, args, config, data)
-    train(args, config, model, PairBatches(args, data, pairs, rank, world), loss_of, show)
+    show = [partial(preview, args, config, data)] if sheet else []
+    train(args, config, model, PairBatches(args, data, pairs, rank, world), loss_of, *show)
 
 
 def preview(args, config, data, model, device, rank):
