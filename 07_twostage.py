@@ -86,7 +86,10 @@ def sample_y(prior, noise, label, steps):
 
 
 class PriorBatches(torch.utils.data.Dataset):
-    """Item `step` is this rank's share of a batch of embeddings y, each of a random view: like training.PairBatches."""
+    """Item `step` is this rank's share of a batch of embeddings, each of a random view: like training.PairBatches.
+
+    y [b, D] as the encoder gives it, eps [b, D] unit noise, t [b] in [0, 1], label and view [b] int64; view 0: the image itself.
+    """
 
     def __init__(self, args, views, label, chosen, rank=0, world=1):
         self.args, self.views, self.label, self.chosen, self.mine = args, views, label, chosen, slice(rank, None, world)
@@ -282,6 +285,8 @@ def table(args, data):
 
 def sweep(args, data):
     """Image models that are told more and more of y, at every budget; as for the oracle, y is of training images."""
+    if args.label:
+        common.die("the sweep is of unconditional generation; leave --label out")
     drawn = draw_conditions(data.split, args.samples, args.seed)
     for name in SWEEP:
         condition = told(data.cls, data.split, name)                                     # [N, C]
@@ -356,12 +361,13 @@ def plot_sweep(path, rows):
     figure, panels = plt.subplots(1, 2, figsize=(11, 4), layout="constrained", sharey=True)
     for axes, kind, what in zip(panels, ("pca", "kmeans"), ("principal components of y", "clusters of y")):
         for colour, steps in enumerate(sorted({row["trained"] for row in rows})):
-            told_of = {name: int(name.removeprefix(kind)) for name in SWEEP if name.startswith(kind)}
-            curve = [fid[f"{name}_{steps}"] for name in told_of]
-            axes.plot(told_of.values(), curve, "o-", color=f"C{colour}", label=f"{steps} steps")
-            for name, style in (("none", "--"), ("film", ":")):
-                axes.axhline(fid[f"{name}_{steps}"], color=f"C{colour}", linestyle=style,
-                             label=f"{steps} steps, told {dict(none='nothing', film='all of y')[name]}")
+            names = [name for name in SWEEP if name.startswith(kind) and f"{name}_{steps}" in fid]        # those scored so far
+            axes.plot([int(name.removeprefix(kind)) for name in names], [fid[f"{name}_{steps}"] for name in names], "o-",
+                      color=f"C{colour}", label=f"{steps} steps")
+            for name, style, what_told in (("none", "--", "nothing"), ("film", ":", "all of y")):
+                if f"{name}_{steps}" in fid:
+                    axes.axhline(fid[f"{name}_{steps}"], color=f"C{colour}", linestyle=style,
+                                 label=f"{steps} steps, told {what_told}")
         axes.set(xscale="log", xlabel=f"{what} that the image model is told", ylabel="FID")
         axes.legend(frameon=False)
     with common.writing(path) as f:

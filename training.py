@@ -69,7 +69,10 @@ def training_parser(doc, out="checkpoint to write (default in DATA); repeat the 
 
 
 class PairBatches(torch.utils.data.Dataset):
-    """Item `step` is this rank's share of batch `step`, a function of (seed, step) alone: resuming needs no generator state."""
+    """Item `step` is this rank's share of batch `step`, a function of (seed, step) alone: resuming needs no generator state.
+
+    x [b, S, S, 3] uint8, eps [b, 3, S, S] unit noise, t [b] in [0, 1], drop [b] bool, and cls [b, D], tokens [b, T, C] by cond.
+    """
 
     def __init__(self, args, data, pairs, rank, world):
         self.args, self.data, self.pairs, self.mine = args, data, pairs, range(rank, args.batch, world)
@@ -339,7 +342,7 @@ def save(out, step, config, model, ema, optimizer, fsdp):
     try:
         dcp.save(state, checkpoint_id=unfinished)
     except (OSError, dcp.api.CheckpointException) as e:
-        common.die(f"cannot write {unfinished}: {e}")
+        common.die(f"cannot write {unfinished}: {str(e).strip().splitlines()[-1]}")    # torch's has a traceback in its text
     if rank == 0:
         with common.writing(unfinished / "step.json") as f:
             f.write(json.dumps(dict(step=step, config=config)).encode())
@@ -390,8 +393,8 @@ def resume(out, config, model, ema, optimizer):
 def export(slices, out):
     """OUT.sharded/STEP, as save() wrote it with any number of processes -> one plain .pt as without --fsdp."""
     about, merged = common.read_json(slices / "step.json", "training.py --fsdp"), slices / "merged.tmp"
-    dcp_to_torch_save(slices, merged)
     with common.writing(out) as f:
+        dcp_to_torch_save(slices, merged)
         torch.save(torch.load(merged, mmap=True, weights_only=True) | about, f)
     merged.unlink()
 
