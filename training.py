@@ -103,8 +103,8 @@ def train_images(args, data, pairs, sheet=True):
     channels, blocks, halved = args.channels, args.blocks, args.patch * 2 ** (len(args.channels) - 1)
     if len(blocks) != len(channels) or min(*channels, *blocks) < 1 or any(c % 16 for c in channels) or channels[-1] % 64 \
             or args.size % halved:
-        common.die(f"--channels {channels} --blocks {blocks}: expected one of each a stage, channels in multiples of 16, of 64 in "
-                   f"the last stage, and {args.size} px to be halved {len(channels) - 1} times")
+        common.die(f"--channels {channels} --blocks {blocks}: expected one of each a stage, channels in multiples of 16, of 64 "
+                   f"in the last stage, and {args.size} px to be halved {len(channels) - 1} times")
     if len(pairs) == 0:
         common.die(f"{data.folder} has no pairs to train on; loosen the thresholds of 02_filter_pairs.py")
     paired = np.zeros(len(data.split), bool)
