@@ -1,6 +1,6 @@
 """The papers' claims, measured again: runs the numbered scripts over seeds, then writes docs/claims.md.
 
-Everything goes through the scripts' command lines and files, below runs/claims: data folders, SEED/MODEL.pt, SEED/samples/SET.
+Everything goes through the scripts' command lines and files, below runs/claims: data folders, SEED/MODEL.pt, SEED/SET/MODEL_wW.
 A repeated command goes on where it stopped. Two chains of commands run side by side, one thread each; a seed takes about two
 hours on two cores.
 
@@ -15,8 +15,12 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
+
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 800
+ARRAYS = ["images.npy", "pages.npy", "split.npy", "names.npy", "cls.npy", "tokens.npy", "data.json"]
 # name: (data folder, script, further flags). The other flags are the preset's, the same for all.
 MODELS = {
     "recon": ("digits", "03_train_recon.py", ""),
@@ -33,7 +37,10 @@ MODELS = {
     "web": ("web", "04_train_pairs.py", ""),
     "classes": ("classes", "04_train_pairs.py", ""),
 }
-GUIDED = {"recon": (1, 0, 2, 4), "pairs": (1, 0, 2, 4)}               # every other model at w = 1 only
+# name: what to sample from it, (data folder, guidance, further flags). Every other model: SETS[None].
+SETS = {None: [("digits", 1, "")],
+        **dict.fromkeys(("recon", "pairs"), [("digits", w, "") for w in (1, 0, 2, 4)] + [("digits", 1, "--protocol fullset")]),
+        **dict.fromkeys(("web", "classes"), [("digits", 1, ""), ("emoji", 1, "")])}
 
 
 def script(line):
@@ -52,9 +59,6 @@ def link(source, target, names):
             os.link(source / name, target / name)
 
 
-ARRAYS = ["images.npy", "pages.npy", "split.npy", "names.npy", "cls.npy", "tokens.npy", "data.json"]
-
-
 def prepare(runs, name):
     """The data folder runs/NAME, if it is not there."""
     folder, digits = runs / name, runs / "digits"
@@ -68,9 +72,32 @@ def prepare(runs, name):
     elif name in ("unfiltered", "low_only"):
         link(digits, folder, ARRAYS)
         script(f"02_filter_pairs.py --data {folder} --high 1 " + ("--low -1" if name == "unfiltered" else ""))
+    elif name == "emoji":                                              # with the encoder's input of the digits
+        script(f"01_embed.py --preset emoji16 --encoder-px 128 --out {folder}")
+        script(f"02_filter_pairs.py --data {folder}")
+    elif name in ("web", "classes"):
+        prepare(runs, "emoji")
+        if not (folder / "data.json").exists():
+            drawings = runs / f"{name}_images"
+            save_pages(drawings, digits, by_class=name == "classes")
+            if name == "web":
+                save_pages(drawings, runs / "emoji")
+            script(f"01_embed.py --images {drawings} --preset digits16 --out {folder}")
+        script(f"02_filter_pairs.py --data {folder}")
     elif name in ("lite2", "random"):                                  # another encoder, the same pairs
-        script(f"01_embed.py --out {folder} --encoder {dict(lite2='efficientnet_lite2').get(name, name)}")
+        script(f"01_embed.py --out {folder} --encoder-px 128 --encoder " + dict(lite2="efficientnet_lite2").get(name, name))
         link(digits, folder, ["pairs.npy", "sims.npy"])
+
+
+def save_pages(target, source, by_class=False):
+    """The training images of a data folder as target/PAGE/*.png; by_class: a digit is a page, without what 01 planted."""
+    images, pages, split, names = (np.load(source / name, allow_pickle=False) for name in ARRAYS[:4])
+    for i in np.flatnonzero(split == 0):
+        if by_class and not names[i].startswith("digit "):
+            continue
+        page = target / (names[i].split()[1] if by_class else f"{source.name}{pages[i]:05d}")
+        page.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(images[i]).save(page / f"{i:05d}.png")
 
 
 def chain(runs, seed, name):
@@ -80,10 +107,12 @@ def chain(runs, seed, name):
     if not checkpoint.exists():
         steps = "" if "--steps" in flags else f"--steps {STEPS}"
         script(f"{trainer} --data {runs / data} --out {checkpoint} --seed {seed} {steps} {flags}")
-    for w in GUIDED.get(name, (1,)):
-        samples = runs / str(seed) / "samples" / f"{name}_w{w}"
+    for shown, w, more in SETS.get(name, SETS[None]):
+        conditions = data if data in ("lite2", "random") else shown    # the same images, in the model's own embedding
+        samples = runs / str(seed) / (more.split()[-1] if more else shown) / f"{name}_w{w}"
         if not (samples / "samples.npy").exists():
-            script(f"05_sample.py --data {runs / data} --checkpoint {checkpoint} --guidance {w} --seed {seed} --out {samples}")
+            script(f"05_sample.py --data {runs / conditions} --checkpoint {checkpoint} --guidance {w} --seed {seed} {more} "
+                   f"--out {samples}")
         if not (samples / "data.json").exists():
             script(f"01_embed.py --data {runs / 'digits'} --images {samples}/samples.npy --out {samples} --cls-only")
     print(f"seed {seed}: {name} is done", flush=True)
