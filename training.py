@@ -101,10 +101,10 @@ def train_images(args, data, pairs, sheet=True):
     if data.images.shape[1] != args.size:
         common.die(f"{data.folder} has images of {data.images.shape[1]} px, preset {args.preset} wants {args.size}")
     channels, blocks, halved = args.channels, args.blocks, args.patch * 2 ** (len(args.channels) - 1)
-    if len(blocks) != len(channels) or min(*channels, *blocks) < 1 or any(c % 16 for c in channels) or channels[-1] % 64 \
-            or args.size % halved:
+    if len(blocks) != len(channels) or min(*channels, *blocks) < 1 or any(c % 16 for c in channels) \
+            or channels[-1] % max(1, channels[-1] // 64) or args.size % halved:
         common.die(f"--channels {channels} --blocks {blocks}: expected one of each a stage, channels in multiples of 16, of 64 "
-                   f"in the last stage, and {args.size} px to be halved {len(channels) - 1} times")
+                   f"in a last stage above 128, and {args.size} px to be halved {len(channels) - 1} times")
     if len(pairs) == 0:
         common.die(f"{data.folder} has no pairs to train on; loosen the thresholds of 02_filter_pairs.py")
     paired = np.zeros(len(data.split), bool)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import common
 import numpy as np
 import pytest
 import scipy.linalg
@@ -223,7 +224,7 @@ def write_folder(folder, per_page, k):
         np.save(made / "conditions.npy", conditions)
         np.save(made / "cls.npy", (np.repeat(cls[conditions], k, 0) + spread * rng.normal(size=(8 * k, d))).astype(np.float32))
         (made / "data.json").write_text(json.dumps(dict(preset="digits16", encoder=dict(encoder, tokens=None))))
-        how = dict(model=model, checkpoint="x.pt", step=5, guidance=guidance, sample_steps=9, seed=0)
+        how = dict(model=model, checkpoint="x.pt", step=5, guidance=guidance, protocol="fewshot", sample_steps=9, seed=0)
         (made / "samples.json").write_text(json.dumps(how))
 
 
@@ -251,8 +252,44 @@ def test_command_line(folder):
     assert (rows[2]["precision"], rows[2]["recall"]) == brute_precision_recall(unseen, samples, 3)
     assert rows[3]["copy"] > rows[2]["copy"] > rows[1]["copy"] and rows[0]["copy"] is None
     table = [line.split() for line in done.stdout.splitlines()]
-    assert table[0] == "reference model guidance seed n m fid kid precision recall copy".split()
-    assert table[3][:6] == "unseen pairs 2 0 40 16".split()
+    assert table[0] == "reference model guidance repeats n m fid kid precision recall copy".split()
+    assert table[3][:6] == "unseen pairs 2 1 40 16".split()
+    w = min((0, 2), key=lambda w: next(r["fid"] for r in rows if (r["model"], r["guidance"]) == ("pairs", w)))
+    assert f"best fid: pairs at w = {w}, " in done.stdout
+
+
+def test_repetitions_are_summed_up():
+    """Mean and s.d. with n - 1 of what differs only in seed or draw; settings stay, numbers that one row lacks stay the first's."""
+    made = dict(reference="unseen", model="pairs", guidance=1.0, sample_steps=9, n=40, m=16, copy=None)
+    rows = [dict(made, seed=seed, draw=draw, fid=fid, kid=0.5, precision=0.1, recall=0.2)
+            for seed, draw, fid in ((0, 0, 10.0), (1, 0, 14.0), (0, 1, 12.0))]
+    (mean, spread), (other, alone) = metrics.repetitions([*rows, dict(made, guidance=2.0, seed=0, fid=11.0, kid=0.1)])
+    assert (mean["fid"], spread["fid"], mean["repeats"], mean["n"], mean["copy"]) == (12, 2, 3, 40, None)
+    assert (other["fid"], alone["fid"], other["repeats"], other["guidance"]) == (11, None, 1, 2)
+    lines = metrics.table([*rows, dict(made, guidance=2.0, seed=0, fid=11.0, kid=0.1)], "caption")
+    assert "12.00 +- 2.00" in lines[1] and lines[-2:] == ["best fid: pairs at w = 2", "caption"]
+
+
+def test_protocols(folder, monkeypatch, capsys):
+    """Fewer references on request; in the full set the conditions are references; samples of another protocol are refused."""
+    def run(*flags):
+        monkeypatch.setattr(sys, "argv", ["06_fewshot_metrics.py", "--data", str(folder), "--device", "cpu", *flags])
+        metrics.main()
+
+    run("--references", "10")
+    assert {row["m"] for row in json.loads((folder / "metrics.json").read_text())} == {10}
+    with pytest.raises(SystemExit) as stop:
+        run("--protocol", "fullset", "--samples", str(folder / "samples" / "a"))
+    assert stop.value.code == 2 and "fewshot" in capsys.readouterr().err
+    (folder / "samples").rename(folder / "fullset")
+    for how in folder.glob("fullset/*/samples.json"):
+        how.write_text(how.read_text().replace("fewshot", "fullset"))
+    run("--protocol", "fullset")
+    rows = json.loads((folder / "fullset" / "metrics.json").read_text())
+    assert [(r["reference"], r["m"]) for r in rows] == 4 * [("held out", 24)]
+    data = common.Data(folder)
+    held_out, samples = data.cls[data.split == 1], np.load(folder / "fullset" / "a" / "cls.npy", allow_pickle=False)
+    assert rows[-1]["model"] == "recon" and rows[-1]["fid"] == pytest.approx(fid(samples, held_out))
 
 
 def test_a_folder_that_holds_nothing_out_says_so(folder, monkeypatch, capsys):

@@ -44,6 +44,27 @@ def test_command_line_writes_samples_conditions_and_a_sheet(folder):
     assert Image.open(out / "sheet.png").size[0] > 100 and not list(out.glob("*.tmp"))
 
 
+def test_conditions_of_a_protocol(folder, monkeypatch, capsys):
+    """per_page images of each page; a draw takes the next ones, of pages that have them; the full set takes all."""
+    pages, split = np.array([0, 0, 0, 1, 1, 1, 2, 2], np.int32), np.array([1, 0, 1, 1, 1, 1, 0, 1], np.uint8)
+    data = common.Data(folder)
+    data.pages, data.split = pages, split
+    assert data.conditions().tolist() == [0, 3, 7] and data.conditions(draw=1).tolist() == [2, 4]
+    assert data.conditions(2).tolist() == [0, 2, 3, 4, 7] and data.conditions(2, 1).tolist() == [5]
+    assert data.conditions(None).tolist() == [0, 2, 3, 4, 5, 7] and data.conditions(draw=3).size == 0
+    data.split = 0 * split
+    assert data.conditions().tolist() == list(range(8))
+    with pytest.raises(SystemExit) as stop:
+        sample(monkeypatch, folder, "none", "--draw", "1")
+    assert stop.value.code == 2 and "holds out" in capsys.readouterr().err
+    words = ["--data", folder, "--device", "cpu", "--sample-steps", "2", "--guidance", "0", "--protocol", "sun397-oneshot"]
+    monkeypatch.setattr(sys, "argv", ["05_sample.py", *map(str, words)])
+    sampler.main()
+    made = folder / "sun397-oneshot" / "pairs_w0"
+    assert np.load(made / "samples.npy", allow_pickle=False).shape[:2] == (4, 25)
+    assert common.read_json(made / "samples.json")["protocol"] == "sun397-oneshot"
+
+
 def test_an_image_depends_on_seed_and_place_alone(folder, monkeypatch):
     whole = sample(monkeypatch, folder, "whole").astype(int)
     small = sample(monkeypatch, folder, "small", "--batch-images", "5").astype(int)
