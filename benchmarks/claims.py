@@ -9,9 +9,13 @@ hours on two cores.
     python benchmarks/claims.py write                                # docs/claims.md from what is there
 """
 import argparse
+import json
 import os
+import shutil
+import statistics
 import subprocess
 import sys
+import textwrap
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -118,6 +122,169 @@ def chain(runs, seed, name):
     print(f"seed {seed}: {name} is done", flush=True)
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# The claims: a title, the paper's sentence in other words, the comparisons it stands on, remarks. A comparison names the set of
+# samples, the metric, and two sample folders (MODEL_wW, or a row of 07), or a folder and a number.
+
+CLAIMS = [
+    ("Reconstruction training collapses to copies, early",
+     """A network trained to reconstruct an image from its frozen embedding draws that image again with small changes, long before
+     its training ends.""",
+     ["digits copy recon_half_w1 > pairs_half_w1", "digits recall recon_half_w1 < pairs_half_w1",
+      "digits copy recon_w1 > pairs_w1", "digits recall recon_w1 < pairs_w1"],
+     f"""`_half` is trained for {STEPS // 2} steps, the others for {STEPS}. copy: mean cosine of a sample and its condition."""),
+    ("Pairs give variations: higher few-shot recall, lower few-shot FID",
+     """Trained on two images of one web page, the same network draws diverse images of the same kind; few-shot FID and recall
+     show it.""",
+     ["digits recall pairs_w1 > recon_w1", "digits fid pairs_w1 < recon_w1"], ""),
+    ("Cross-attention on local tokens beats FiLM on the global embedding",
+     """Attending to the encoder's local tokens gives a lower FID than modulating by its global embedding.""",
+     ["digits fid tokens_w1 < film_w1", "digits recall tokens_w1 > film_w1", "digits precision tokens_w1 > film_w1"],
+     """`pairs`, the default, has both."""),
+    ("Similarity filtering helps",
+     """Dropping pairs of low similarity (unrelated images) improves FID; dropping near-duplicates as well improves it again.""",
+     ["digits fid low_only_w1 < unfiltered_w1", "digits fid pairs_w1 < low_only_w1", "digits fid pairs_w1 < unfiltered_w1"],
+     """A page is ten writings of a digit, a planted stranger and a planted near-duplicate. `pairs` is filtered at both ends."""),
+    ("A stronger encoder helps",
+     """With the decoder fixed, better and larger frozen encoders give a lower FID.""",
+     ["digits fid pairs_w1 < random_w1", "digits fid lite2_w1 < pairs_w1"],
+     """`pairs` sees EfficientNet-Lite0, `lite2` Lite2, `random` Lite0 with random weights, all at 128 px; the pairs are the same,
+     and so is the encoder that scores (Lite0)."""),
+    ("A larger decoder helps",
+     """With the encoder fixed, FID falls as the U-ViT grows.""",
+     ["digits fid pairs_w1 < small_w1"],
+     """`small` has channels 16, 32, 64 in place of 32, 64, 192."""),
+    ("Guidance raises precision and lowers recall; FID has an optimum",
+     """More guidance makes samples more typical and less diverse; the best FID lies at a moderate guidance.""",
+     [f"digits {what}" for m in ("recon", "pairs") for what in (
+         f"precision {m}_w2 > {m}_w0", f"recall {m}_w2 < {m}_w0", f"fid {m}_w1 < {m}_w0", f"fid {m}_w1 < {m}_w4")],
+     """The curves: ![precision against recall over guidance](claims_guidance.png)"""),
+    ("Label-grouped training wins on its own classes and loses on pages it never saw",
+     """Grouping images by class label in place of web page gives a better FID on the classes of that data set and a worse one
+     on other data sets.""",
+     ["digits fid classes_w1 < web_w1", "emoji fid web_w1 < classes_w1", "emoji recall web_w1 > classes_w1"],
+     """`web` has pages of ten digits and pages of OpenMoji, `classes` one page for each digit; `emoji` are OpenMoji's held-out
+     pictures, new to both."""),
+    ("Full-set FID and instance similarity reward the copier; the few-shot protocol does not",
+     """Where references contain the conditions, and where a sample is compared with its condition, a copy scores best; few-shot
+     metrics put the model that varies first.""",
+     ["fullset fid recon_w1 < pairs_w1", "fullset copy recon_w1 > pairs_w1",
+      "digits fid recon_w1 > pairs_w1", "digits recall recon_w1 < pairs_w1"],
+     """`fullset`: each of the 1,000 held-out images is a condition once, against all of them (`--protocol fullset`)."""),
+    ("2SDM beats the unconditional model at equal budget",
+     """Sampling an embedding first improves FID by 25 to 50% (from the abstract).""",
+     ["twostage fid 2sdm < unconditional", "twostage recall 2sdm > unconditional", "twostage precision 2sdm > unconditional"],
+     """1,000 steps, 1,000 samples a row: `make twostage`."""),
+    ("The oracle: embeddings of real images give the best images",
+     """Given the embeddings of real images, which no sampler has, FID is lower still: the bound of a perfect prior.""",
+     ["twostage fid oracle < unconditional", "twostage fid oracle < 2sdm"], ""),
+    ("The more the image model is told, the better it draws",
+     """FID falls with the information in the condition: nothing, a cluster, the whole embedding.""",
+     ["twostage fid kmeans < unconditional", "twostage fid oracle < kmeans"],
+     """More levels, one seed: [the README](../README.md#2sdm-first-what-then-how), `07_twostage.py sweep`."""),
+    ("The prior costs little, and fewer image steps pay for it",
+     """The prior is a small share of the sampling time; with fewer image steps 2SDM takes no longer than the baseline and is
+     still better.""",
+     ["twostage fid 2sdm_fewer_steps < unconditional", "twostage prior_share 2sdm < 0.2"],
+     """prior_share: of the time an image takes, measured while sampling."""),
+]
+INTRODUCTION = f"""# The papers' claims, measured again
+
+Written by `python benchmarks/claims.py write`, after `python benchmarks/claims.py run`: the numbered scripts on the digits at
+16 px, {STEPS} steps of 32 images a model unless it says otherwise, w = 1, ten held-out conditions with 60 samples each against
+the 990 other held-out digits; mean ± s.d. over the seeds of training and sampling. FID is in features of EfficientNet-Lite0 at
+128 px: directions can be compared with the papers, levels cannot. Their tables were not at hand; where an abstract gives a
+figure it is quoted.
+
+A claim is *reproduced* if each of its comparisons holds in every seed, *opposite* if each fails in every seed, *in part* if some
+hold in every seed, else *not at this scale*.
+"""
+LEFT_OUT = """## 14. A jointly trained embedder overfits: left out
+
+The paper reports that an encoder trained together with the diffusion model overfits. It would need gradients through 01's
+encoder in the training loop of 03 and 04, whose point is that embeddings are frozen files.
+"""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The page.
+
+
+def score(runs):
+    """{(set, samples, seed): row of 06} of everything that is there, scored by 06 (again if there are new samples)."""
+    found = {}
+    for shown in ("digits", "emoji", "fullset", "twostage"):
+        folders = sorted(path.parent for path in runs.glob(f"[0-9]*/{shown}/*/data.json"))
+        scores = runs / "scores" / shown / "metrics.json"
+        if not folders:
+            continue
+        if not scores.exists() or max(os.path.getmtime(f / "data.json") for f in folders) > os.path.getmtime(scores):
+            script(f"06_fewshot_metrics.py --data {runs / ('emoji' if shown == 'emoji' else 'digits')} --out {scores.parent} "
+                   f"{'--protocol fullset' if shown == 'fullset' else ''} --samples {' '.join(map(str, folders))}")
+        for row in json.loads(scores.read_text()):
+            if row["reference"] != "seen" and "folder" in row:
+                folder = Path(row["folder"])
+                found[shown, folder.name, int(folder.parts[-3])] = row
+    return found
+
+
+def figures(rows, shown, samples, metric):
+    """{seed: value} of a metric of a set's samples; if `samples` is a number, that."""
+    if samples.replace(".", "").isdigit():
+        return {seed: float(samples) for *_, seed in rows}
+    return {seed: row[metric] for (where, name, seed), row in rows.items() if (where, name) == (shown, samples)}
+
+
+def summary(values, metric):
+    """Mean +- s.d. (n - 1) as the page prints it."""
+    digits = 1 if metric == "fid" else 3
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(set(values)) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"
+
+
+def verdict(outcomes):
+    """One word for a claim, from whether each comparison holds in each seed, a list of lists."""
+    if not outcomes:
+        return "not measured"
+    if all(map(all, outcomes)):
+        return "reproduced"
+    if not any(map(any, outcomes)):
+        return "opposite"
+    return "in part" if any(map(all, outcomes)) else "not at this scale"
+
+
+def claim(rows, comparisons):
+    """The verdict on a claim, and the lines of its table."""
+    lines, outcomes = ["| set | metric | claimed | the first | the second | holds in |", "| --- " * 6 + "|"], []
+    for comparison in comparisons:
+        shown, metric, one, sign, other = comparison.split()
+        first, second = figures(rows, shown, one, metric), figures(rows, shown, other, metric)
+        if seeds := sorted(first.keys() & second.keys()):
+            holds = [first[s] < second[s] if sign == "<" else first[s] > second[s] for s in seeds]
+            means = [summary([values[s] for s in seeds], metric) for values in (first, second)]
+            cells = shown, metric, f"`{one}` {sign} `{other}`", *means, f"{sum(holds)} of {len(seeds)}"
+            lines.append(f"| {' | '.join(cells)} |")
+            outcomes.append(holds)
+    return verdict(outcomes), lines
+
+
+def write(runs, page):
+    """Score what is there and write the page and its plots beside it."""
+    rows = score(runs)
+    titles, body = ["| | claim | verdict |", "| --- | --- | --- |"], []
+    for number, (title, paper, comparisons, remark) in enumerate(CLAIMS, 1):
+        said, table = claim(rows, comparisons)
+        titles.append(f"| {number} | {title} | {said} |")
+        text = " ".join(f"*The paper:* {paper} {remark}".split())
+        body += [f"## {number}. {title}: {said}", "", *textwrap.wrap(text, 128, break_long_words=False), "", *table, ""]
+    page.write_text("\n".join([INTRODUCTION, *titles, "", *body, LEFT_OUT]))
+    both = [str(path.parent) for name in ("recon", "pairs") for path in sorted(runs.glob(f"[0-9]*/digits/{name}_w*/data.json"))]
+    if both:
+        script(f"06_fewshot_metrics.py --data {runs / 'digits'} --out {runs / 'scores' / 'guidance'} --samples {' '.join(both)}")
+        shutil.copy(runs / "scores" / "guidance" / "metrics.png", page.with_name("claims_guidance.png"))
+    print(f"wrote {page}")
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("action", choices=["run", "write"])
@@ -126,6 +293,8 @@ def main():
     p.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     p.add_argument("--jobs", type=int, default=2, help="chains side by side")
     args = p.parse_args()
+    if args.action == "write":
+        return write(args.runs, ROOT / "docs" / "claims.md")
     for name in dict.fromkeys(MODELS[name][0] for name in args.models):
         prepare(args.runs, name)
     with ThreadPoolExecutor(args.jobs) as pool:

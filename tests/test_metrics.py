@@ -259,7 +259,7 @@ def test_command_line(folder):
 
 
 def test_repetitions_are_summed_up():
-    """Mean and s.d. with n - 1 of what differs only in seed or draw; settings stay, numbers that one row lacks stay the first's."""
+    """Mean and s.d. with n - 1 of what differs only in seed or draw; a number that a row lacks stays the first's."""
     made = dict(reference="unseen", model="pairs", guidance=1.0, sample_steps=9, n=40, m=16, copy=None)
     rows = [dict(made, seed=seed, draw=draw, fid=fid, kid=0.5, precision=0.1, recall=0.2)
             for seed, draw, fid in ((0, 0, 10.0), (1, 0, 14.0), (0, 1, 12.0))]
