@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import scaling
 
 embed = importlib.import_module("01_embed")
 CPU = torch.device("cpu")
@@ -125,6 +128,16 @@ def test_embeddings_are_those_of_the_library(folder, models, tmp_path, monkeypat
         monkeypatch.setitem(embed.FAMILIES, family, (embed.FAMILIES[family][0], *embed.FAMILIES[other][1:]))
         wrong, _ = embed.transformer(family, models / folder, px, CPU)(torch.from_numpy(images))
         assert np.abs(wrong.detach().numpy() - cls).max() > 30 * 1e-4
+
+
+def test_flops_of_the_scaling_page():
+    transformers = pytest.importorskip("transformers", reason="needs requirements-encoders.txt")
+    for width, blocks in scaling.DINOV2.values():
+        size = dict(hidden_size=width, num_hidden_layers=blocks, num_attention_heads=width // 64)
+        config = transformers.Dinov2Config(**size, patch_size=14)
+        with torch.device("meta"), FlopCounterMode(display=False) as counter:
+            transformers.Dinov2Model(config)(torch.empty(1, 3, 224, 224))
+        assert counter.get_total_flops() == scaling.embedding_flops(width, blocks)
 
 
 def test_position_embeddings_are_interpolated(models):
