@@ -323,9 +323,8 @@ def commands(args, counts):
     many = f"torchrun --nnodes={nodes} --nproc-per-node={NODE} --rdzv-id=$JOB --rdzv-backend=c10d --rdzv-endpoint=$HEAD:29500"
     patient = "--max-restarts=3 --shutdown-timeout=120"
     return f"""```
-# on every node
-python -m pip install -r requirements.txt -r requirements-encoders.txt
-# without this, processes that --max-restarts starts again find the addresses of the dead ones (PyTorch issue 135712)
+# on every node, once: python -m pip install -r requirements.txt -r requirements-encoders.txt
+# on every node: without it processes that --max-restarts starts again find the addresses of the dead ones (PyTorch issue 135712)
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
 # one node, semantica64
