@@ -166,10 +166,9 @@ def transformer(family, source, px, device):
             huggingface_hub.model_info(source, timeout=10)               # no network: an error now, not after many attempts
             net, report = load()
     except Exception as e:  # a damaged checkpoint, a full disk or no network raise many types
-        reason = " ".join(str(e).split())[:150] or type(e).__name__
         remedy = ("is it what save_pretrained() wrote?" if local else
                   f"where there is a network: hf download {source} --local-dir DIR; then --encoder DIR")
-        common.die(f"cannot load the encoder {source} ({reason}); {remedy}")
+        common.die(f"cannot load the encoder {source} ({in_short(e)}); {remedy}")
     if report["missing_keys"]:                                           # the library would leave them random
         common.die(f"{source} lacks weights of {FAMILIES[family][0]}: {', '.join(sorted(report['missing_keys'])[:3])}, ...")
     if px % net.config.patch_size:
@@ -189,6 +188,11 @@ def transformer(family, source, px, device):
     return encode
 
 
+def in_short(error):
+    """The beginning of an error's text, in one line."""
+    return " ".join(str(error).split())[:150] or type(error).__name__
+
+
 def preprocessing(family, source):
     """Mean and std of values in 0..1, and the resampling: the family's, or what a directory's preprocessor_config.json says."""
     _, mean, std = FAMILIES[family]
@@ -198,8 +202,9 @@ def preprocessing(family, source):
     own = common.read_json(path, made_by="save_pretrained() of transformers")
     mode = {2: "bilinear", 3: "bicubic"}.get(own.get("resample", 3))     # Pillow's numbers
     mean, std = own.get("image_mean", mean), own.get("image_std", std)
-    if mode is None or np.shape(mean) != (3,) or np.shape(std) != (3,) or not own.get("do_normalize", True):
-        common.die(f"{path}: expected image_mean and image_std of three numbers, and resample 2 or 3")
+    scale = own.get("rescale_factor", 1 / 255) if own.get("do_rescale", True) and own.get("do_normalize", True) else 1
+    if mode is None or np.shape(mean) != (3,) or np.shape(std) != (3,) or abs(scale - 1 / 255) > 1e-6:
+        common.die(f"{path}: expected image_mean and image_std of three numbers for values in 0..1, and resample 2 or 3")
     return mean, std, mode
 
 
@@ -213,7 +218,7 @@ def inception(path, px, device):
     try:
         net = torch.jit.load(path, map_location=device).eval()
     except Exception as e:  # the same
-        common.die(f"cannot load inception:{path} ({str(e).strip().splitlines()[0][:200]}); "
+        common.die(f"cannot load inception:{path} ({in_short(e)}); "
                    "give the TorchScript file inception-2015-12-05.pt of StyleGAN's metrics")
 
     def encode(images):

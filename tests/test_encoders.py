@@ -183,8 +183,9 @@ def test_bad_directories_are_one_line(models, tmp_path, photos, monkeypatch, cap
     torch.save(Dangerous(), lacking / "pytorch_model.bin")
     assert "cannot load" in error(lacking) and not (tmp_path / "run").exists()
     shutil.copy(models / "siglip" / "model.safetensors", lacking)
-    (lacking / "preprocessor_config.json").write_text(json.dumps(dict(resample=1)))
-    assert "resample" in error(lacking)
+    for strange in (dict(resample=1), dict(image_std=0.5), dict(do_normalize=False), dict(rescale_factor=1)):
+        (lacking / "preprocessor_config.json").write_text(json.dumps(strange))
+        assert "resample 2 or 3" in error(lacking)
 
 
 def test_unreachable_weights_are_one_line(models, tmp_path, photos, monkeypatch, capsys):
