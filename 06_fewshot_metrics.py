@@ -237,7 +237,7 @@ def encoder(folder):
     about = common.read_json(folder / "data.json").get("encoder")
     if not isinstance(about, dict):
         common.die(f"{folder}/data.json names no encoder; run 01_embed.py on it again")
-    return {key: value for key, value in about.items() if key != "tokens"}
+    return {key: value for key, value in about.items() if key not in ("tokens", "pool")}
 
 
 def read_samples(folder, data):
