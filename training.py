@@ -47,6 +47,8 @@ def training_parser(doc, out="checkpoint to write (default in DATA); repeat the 
     p.add_argument("--out", type=Path, help=out)
     if cond:
         p.add_argument("--cond", default="both", choices=["tokens", "film", "both", "none"], help="how the condition enters")
+        p.add_argument("--channels", type=int, nargs="+", help="of each stage of the U-ViT; the last is the transformer")
+        p.add_argument("--blocks", type=int, nargs="+", help="of each stage")
     p.add_argument("--loss", choices=["v", "eps"], help="what the squared error is of")
     p.add_argument("--steps", type=int, help="optimiser steps in all")
     p.add_argument("--batch", type=int, help="images a step, over all processes")
@@ -98,6 +100,11 @@ def train_images(args, data, pairs, sheet=True):
     _, rank, world = common.start(args.device)
     if data.images.shape[1] != args.size:
         common.die(f"{data.folder} has images of {data.images.shape[1]} px, preset {args.preset} wants {args.size}")
+    channels, blocks, halved = args.channels, args.blocks, args.patch * 2 ** (len(args.channels) - 1)
+    if len(blocks) != len(channels) or min(*channels, *blocks) < 1 or any(c % 16 for c in channels) or channels[-1] % 64 \
+            or args.size % halved:
+        common.die(f"--channels {channels} --blocks {blocks}: expected one of each a stage, channels in multiples of 16, of 64 "
+                   f"in the last stage, and {args.size} px to be halved {len(channels) - 1} times")
     if len(pairs) == 0:
         common.die(f"{data.folder} has no pairs to train on; loosen the thresholds of 02_filter_pairs.py")
     paired = np.zeros(len(data.split), bool)

