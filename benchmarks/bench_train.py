@@ -1,14 +1,14 @@
 """Training speed: our U-ViT, lucidrains' simple diffusion U-ViT and diffusers' UNet2DConditionModel, equally large, in one run.
 
-A step is the same for all: v loss of the same batch of images, backward, AdamW, average of the weights. Steps are timed in short
-rounds, network after network, and large matrix products in each round, so that a busy machine slows all alike. images/s and ratios
-are medians over the rounds; the share of the peak is the fastest round's, of the fastest product in the step's own precision.
-FLOPs are counted: products and convolutions, forward and backward (PyTorch's counter leaves out attention's own on a CPU, 1%).
+A step is the same for all: v loss of the same batch of images, backward, AdamW, average of the weights. Steps are timed in
+short rounds, network after network, and large matrix products in each round, so that a busy machine slows all alike. images/s
+and ratios are medians over the rounds; the share of the peak is the fastest round's, of the fastest product in the step's own
+precision. FLOPs are counted: products and convolutions, forward and backward (PyTorch counts no attention on a CPU: 1% more).
 
-Like is compared with like: lucidrains' network knows no condition, diffusers' cross-attends to the encoder's tokens. Both have our
-stages and widths but for one number, which brings them within 5% of our parameters: the transformer blocks of lucidrains', the
-width of the last stage of diffusers'. Its layout is its default (two layers a stage, attention in all but the last, and in the
-middle); "cut" is the same network in our layout (our layers a stage, attention in the last alone).
+Like is compared with like: lucidrains' network knows no condition, diffusers' cross-attends to the encoder's tokens. Both have
+our stages and widths but for one number, which brings them within 5% of our parameters: the transformer blocks of lucidrains',
+the width of the last stage of diffusers'. Its layout is its default (two layers a stage, attention in the middle and in all
+stages but the last); "cut" is the same network in our layout (our layers a stage, attention in the middle and the last stage).
 
 Peak memory is of a process each: all it ever held, and how much of that came after imports and network (on a GPU: what torch
 allocated at most). With --data also 03_train_recon.py itself, at the speed that it logs.
@@ -51,8 +51,8 @@ def lucidrains(preset, blocks):
     """Its U-ViT at our widths: two residual blocks and linear attention a stage, then transformer blocks."""
     from denoising_diffusion_pytorch.simple_diffusion import UViT
     first, *rest = preset["channels"]
-    return UViT(dim=first, init_dim=first, dim_mults=tuple(c // first for c in rest), patch_size=preset["patch"], vit_depth=blocks,
-                vit_dropout=0, attn_dim_head=64, attn_heads=max(1, rest[-1] // 64))
+    return UViT(dim=first, init_dim=first, dim_mults=tuple(c // first for c in rest), patch_size=preset["patch"],
+                vit_depth=blocks, vit_dropout=0, attn_dim_head=64, attn_heads=max(1, rest[-1] // 64))
 
 
 def diffusers(preset, sixteens, cut=False):
@@ -116,7 +116,7 @@ def batch_of(args, preset):
 
 
 def training(name, args, preset):
-    """(step, number of parameters): step() is one optimiser step of this network."""
+    """(step, network): step() is one optimiser step of it."""
     import torch
 
     import common
@@ -139,7 +139,7 @@ def training(name, args, preset):
         optimizer.step()
         optimizer.zero_grad()
         loop.update_ema(ema, net, 10 ** 6, preset["ema"])
-    return step, parameters(net)
+    return step, net
 
 
 def seconds(device, run, repeats):
@@ -211,6 +211,7 @@ def main():
     p.add_argument("--rounds", type=int, default=10, help="at least 2")
     p.add_argument("--repeats", type=int, default=2, help="steps of a network in a round")
     p.add_argument("--loop-steps", type=int, default=140, help="steps of 03, at least 40")
+    p.add_argument("--compile", action="store_true", help="torch.compile every network")
     p.add_argument("--measure", help=argparse.SUPPRESS)
     args = report.parse(p, "bench_train")
     if args.measure:
@@ -227,11 +228,13 @@ def main():
     for name in args.networks:
         rows[name] = dict(network=NETWORKS[name], **held[name])
         if held[name]:
-            steps[name], rows[name]["parameters"] = training(name, args, preset)
-            steps[name]()
+            steps[name], net = training(name, args, preset)
             with FlopCounterMode(display=False) as counter:
                 steps[name]()
-            rows[name]["flops_image"] = counter.get_total_flops() / args.batch
+            rows[name] |= dict(parameters=parameters(net), flops_image=counter.get_total_flops() / args.batch)
+            if args.compile:
+                net.compile()
+            seconds(args.device, steps[name], 2)                       # warms up, and compiles
     squares = products(args)
     times, product_times = {name: [] for name in steps}, [[] for _ in squares]
     for i in range(args.rounds):
@@ -262,8 +265,8 @@ def main():
             f"{row['best_images_s']:.0f}", f"{row['share']:.0%}", f"{row['peak_mib']:.0f}", f"{row['added_mib']:.0f}"])
     header = ["network", "parameters", "GFLOPs an image", "images/s", "fastest round", "of the peak", "peak MiB", "added MiB"]
     about = report.machine(torch=torch.__version__, threads=torch.get_num_threads())
-    about += (f". {args.preset}, batch {args.batch}, amp {args.amp}, {args.device}; peak of matrix products: {top / 1e9:.0f} "
-              "GFLOP/s." + (f" 03_train_recon.py: {loop:.0f} images/s." if args.data else ""))
+    about += f". {args.preset}, batch {args.batch}, {args.device}, amp {args.amp}{', compiled' * args.compile}. "
+    about += f"Peak of matrix products: {top / 1e9:.0f} GFLOP/s." + (f" 03 logs {loop:.0f} images/s." if args.data else "")
     report.finish(args, "bench_train", about, [report.targets(ratios), report.table(header, lines)], list(rows.values()))
 
 

@@ -1,5 +1,7 @@
-"""What the benchmarks share: tables in Markdown, JSON, the marked sections of docs/benchmarks.md. Imports neither numpy nor torch,
-so that a process that only starts others stays small."""
+"""What the benchmarks share: tables in Markdown, JSON, the marked sections of docs/benchmarks.md.
+
+Imports neither numpy nor torch: a process that only starts others stays small.
+"""
 import argparse
 import json
 import os
@@ -49,8 +51,8 @@ def machine(**more):
     """What the figures depend on, as one line."""
     cpu = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
-        names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
-        cpu = next(iter(names), cpu)
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), cpu)
     system = f"{cpu}, {os.cpu_count()} processors, {platform.system()}, Python {platform.python_version()}"
     return ", ".join([system, *(f"{key} {value}" for key, value in more.items())])
 
@@ -76,7 +78,8 @@ def finish(args, script, about, parts, rows):
         before, start, rest = args.write.read_text().partition(f"<!-- {script} -->\n")
         _, end, after = rest.partition("<!-- end -->")
         threads = os.environ.get("OMP_NUM_THREADS")
-        words = [f"OMP_NUM_THREADS={threads}"] * bool(threads) + ["python", f"benchmarks/{script}.py", *map(shlex.quote, sys.argv[1:])]
+        words = [f"OMP_NUM_THREADS={threads}"] * bool(threads)
+        words += ["python", f"benchmarks/{script}.py", *map(shlex.quote, sys.argv[1:])]
         temporary = args.write.with_suffix(".tmp")
         temporary.write_text(f"{before}{start}```\n{' '.join(words)}\n```\n\n{about}\n\n{text}\n{end}{after}")
         temporary.replace(args.write)
