@@ -5,7 +5,7 @@ seconds, cpu s: the best of up to three runs within ten seconds, on the clock an
 these). peak: the most memory the process ever held. added: how much of that came after imports and features. torch-fidelity's
 KID gets one subset of all n, so that all compute the same value.
 
-    OMP_NUM_THREADS=1 python benchmarks/bench_metrics.py                           # 1,000 and 10,000 images
+    OMP_NUM_THREADS=1 python benchmarks/bench_metrics.py                           # 100, 1,000 and 10,000 images
     python benchmarks/bench_metrics.py --images 50000 --features 2048 --packages 06 --out bench.json
     pip install -r requirements-dev.txt                                            # the other packages; rows without them say so
 """
@@ -85,7 +85,7 @@ def measure(package, metric, n, d):
 
 def main():
     p = report.parser(__doc__)
-    p.add_argument("--images", type=int, nargs="+", default=[1000, 10000], metavar="N", help="images in each of the two sets")
+    p.add_argument("--images", type=int, nargs="+", default=[100, 1000, 10000], metavar="N", help="images in each of the two sets")
     p.add_argument("--features", type=int, nargs="+", default=[1280, 2048], metavar="D")
     p.add_argument("--metrics", nargs="+", choices=METRICS, default=list(METRICS))
     p.add_argument("--packages", nargs="+", choices=PACKAGES, default=PACKAGES)

@@ -88,6 +88,8 @@ def make(name, preset):
 def shapes(args):
     """The preset, and of the embeddings of --data (else of EfficientNet-Lite0 at 128 px) cls_dim and token_shape."""
     import common
+    if args.preset not in common.PRESETS:
+        common.die(f"--preset {args.preset} is not one of {', '.join(common.PRESETS)}")
     preset = common.PRESETS[args.preset]
     if not args.data:
         return dict(preset, cls_dim=1280, token_shape=(16, 320))
@@ -208,12 +210,14 @@ def main():
     p.add_argument("--amp", default="none", choices=["none", "bf16"])
     p.add_argument("--batch", type=int, default=32)
     p.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
-    p.add_argument("--rounds", type=int, default=10, help="at least 2")
+    p.add_argument("--rounds", type=int, default=10)
     p.add_argument("--repeats", type=int, default=2, help="steps of a network in a round")
     p.add_argument("--loop-steps", type=int, default=140, help="steps of 03, at least 40")
     p.add_argument("--compile", action="store_true", help="torch.compile every network")
     p.add_argument("--measure", help=argparse.SUPPRESS)
     args = report.parse(p, "bench_train")
+    if min(args.batch, args.rounds, args.repeats) < 1 or args.loop_steps < 40:
+        p.error("--batch, --rounds and --repeats above 0, --loop-steps at least 40")
     if args.measure:
         return print(json.dumps(memory(args.measure, args)))
 
@@ -242,7 +246,7 @@ def main():
             times[name].append(seconds(args.device, step, args.repeats))
         for found, (run, _) in zip(product_times, squares):
             found.append(seconds(args.device, run, 3))
-        if args.data and i == args.rounds // 2 - 1:                    # in the middle: as busy a machine as for the others
+        if args.data and i == (args.rounds - 1) // 2:                    # in the middle: as busy a machine as for the others
             loop = loop_speed(args)
     top = max(flops / min(found) for found, (_, flops) in zip(product_times, squares))
     for name, found in times.items():

@@ -62,7 +62,8 @@ def run(*command):
     done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True)
     lines = (done.stderr if done.returncode else done.stdout).splitlines() or [f"exit code {done.returncode}"]
     if done.returncode:
-        sys.exit(f"{Path(command[0]).name}: {lines[-1]}")
+        print(f"{Path(command[0]).name}: {lines[-1]}", file=sys.stderr)
+        sys.exit(2)
     return lines[-1]
 
 
