@@ -85,7 +85,7 @@ def measure(package, metric, n, d):
 
 def main():
     p = report.parser(__doc__)
-    p.add_argument("--images", type=int, nargs="+", default=[100, 1000, 10000], metavar="N", help="images in each of the two sets")
+    p.add_argument("--images", type=int, nargs="+", default=[100, 1000, 10000], metavar="N", help="in each of the two sets")
     p.add_argument("--features", type=int, nargs="+", default=[1280, 2048], metavar="D")
     p.add_argument("--metrics", nargs="+", choices=METRICS, default=list(METRICS))
     p.add_argument("--packages", nargs="+", choices=PACKAGES, default=PACKAGES)
