@@ -5,20 +5,20 @@ seconds, cpu s: the best of up to three runs within ten seconds, on the clock an
 these). peak: the most memory the process ever held. added: how much of that came after imports and features. torch-fidelity's
 KID gets one subset of all n, so that all compute the same value.
 
-    OMP_NUM_THREADS=1 python benchmarks/bench_metrics.py                           # 1,000 and 10,000 images
+    OMP_NUM_THREADS=1 python benchmarks/bench_metrics.py                           # 100, 1,000 and 10,000 images
     python benchmarks/bench_metrics.py --images 50000 --features 2048 --packages 06 --out bench.json
     pip install -r requirements-dev.txt                                            # the other packages; rows without them say so
 """
 import argparse
 import itertools
 import json
-import os
-import platform
 import resource
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+import report
 
 ROOT = Path(__file__).resolve().parents[1]
 METRICS = {"fid": ("06", "torch-fidelity"), "kid": ("06", "torch-fidelity"), "precision+recall": ("06", "prdc", "torch-fidelity")}
@@ -84,20 +84,17 @@ def measure(package, metric, n, d):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--images", type=int, nargs="+", default=[1000, 10000], metavar="N", help="images in each of the two sets")
+    p = report.parser(__doc__)
+    p.add_argument("--images", type=int, nargs="+", default=[100, 1000, 10000], metavar="N", help="in each of the two sets")
     p.add_argument("--features", type=int, nargs="+", default=[1280, 2048], metavar="D")
     p.add_argument("--metrics", nargs="+", choices=METRICS, default=list(METRICS))
     p.add_argument("--packages", nargs="+", choices=PACKAGES, default=PACKAGES)
     p.add_argument("--timeout", type=float, default=1800, help="seconds for a process")
-    p.add_argument("--out", type=Path, help="JSON to write")
     p.add_argument("--measure", help=argparse.SUPPRESS)
-    args = p.parse_args()
+    args = report.parse(p, "bench_metrics")
     if args.measure:
         return measure(*json.loads(args.measure))
-    rows = []
-    print(f"{'n':>6} {'d':>5}  {'metric':18}{'package':15}{'seconds':>9}{'of 06':>8}{'cpu s':>9}{'of 06':>8}{'peak MiB':>10}"
-          f"{'added MiB':>11}  value")
+    rows, lines = [], []
     for n, d, metric in itertools.product(args.images, args.features, args.metrics):
         ours = None
         for package in (package for package in METRICS[metric] if package in args.packages):
@@ -105,25 +102,41 @@ def main():
             command = [sys.executable, __file__, "--measure", json.dumps([package, metric, n, d])]
             try:
                 done = subprocess.run(command, capture_output=True, text=True, timeout=args.timeout)
-                lines = (done.stderr if done.returncode else done.stdout).splitlines() or [f"exit code {done.returncode}"]
-                found = dict(error=lines[-1]) if done.returncode else json.loads(lines[-1])
+                output = (done.stderr if done.returncode else done.stdout).splitlines() or [f"exit code {done.returncode}"]
+                found = dict(error=output[-1]) if done.returncode else json.loads(output[-1])
             except subprocess.TimeoutExpired:
                 found = dict(error=f"took more than {args.timeout:g} s")
             rows.append(dict(n=n, d=d, metric=metric, package=package, **found))
-            print(f"{n:6} {d:5}  {metric:18}{package:15}", end="")
             if "error" in found:
-                print(f"  {found['error']}")
-                continue
-            ours = found if package == "06" else ours
-            for key in ("seconds", "cpu_seconds"):
-                print(f"{found[key]:9.3f}" + (f"{found[key] / ours[key]:7.1f}x" if ours else " " * 8), end="")
-            value = ", ".join(f"{v:.6g}" for v in found["value"])
-            print(f"{found['peak_mib']:10.0f}{found['added_mib']:11.0f}  {value}", flush=True)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        machine = dict(system=platform.platform(), processors=os.cpu_count(), python=platform.python_version())
-        args.out.write_text(json.dumps(dict(machine=machine, rows=rows), indent=1))
-        print(f"wrote {args.out}")
+                cells = [found["error"]]
+            else:
+                ours = found if package == "06" else ours
+                cells = [f"{found[key]:.3f}" + (f" ({found[key] / ours[key]:.1f}x)" if ours and package != "06" else "")
+                         for key in ("seconds", "cpu_seconds")]
+                value = ", ".join(f"{v:.6g}" for v in found["value"])
+                cells += [f"{found['peak_mib']:.0f}", f"{found['added_mib']:.0f}", value]
+            lines.append([f"{n:,}", d, metric, package, *cells])
+            print(*lines[-1], sep="   ", file=sys.stderr, flush=True)
+
+    by = {(row["n"], row["d"], row["metric"], row["package"]): row for row in rows if "error" not in row}
+
+    def ratio(metric, other, n, d):
+        ours, theirs = by.get((n, d, metric, "06")), by.get((n, d, metric, other))
+        return theirs["seconds"] / ours["seconds"] if ours and theirs else None
+
+    ratios = []
+    for n, d in itertools.product(args.images, args.features):
+        if "fid" in args.metrics and n < d:
+            what = f"FID, {n:,} images, d = {d}: speed of 06 : torch-fidelity"
+            ratios.append((what, ratio("fid", "torch-fidelity", n, d), 20, "x"))
+        if "precision+recall" in args.metrics and n == 10_000:
+            what, ours = f"precision and recall, {n:,} images, d = {d}: ", by.get((n, d, "precision+recall", "06"))
+            ratios.append((what + "speed of 06 : prdc", ratio("precision+recall", "prdc", n, d), 5, "x"))
+            ratios.append((what + "1 GiB : peak memory of 06", ours and 1024 / ours["peak_mib"], 1, "x"))
+    threads = {row["threads"] for row in rows if "threads" in row}
+    header = ["n", "d", "metric", "package", "seconds (of 06)", "CPU s (of 06)", "peak MiB", "added MiB", "value"]
+    about = report.machine(threads=" and ".join(map(str, threads))) + "."
+    report.finish(args, "bench_metrics", about, [report.targets(ratios)] * bool(ratios) + [report.table(header, lines)], rows)
 
 
 if __name__ == "__main__":
