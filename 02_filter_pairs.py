@@ -26,7 +26,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-import common
+import system
 
 BINS, TILE, PACK = 5000, 1024, 256   # bins of the histogram; side of a tile; small pages share a tile up to this many images
 EDGES = np.linspace(-1, 1, BINS + 1)
@@ -42,7 +42,7 @@ def combine(array, op=dist.ReduceOp.SUM):
 def unit(rows):
     """Rows scaled to length 1: [n, D] float32, numpy -> torch. Exits with one line if a value is not finite."""
     if not np.isfinite(rows).all():
-        common.die("an embedding holds nan or infinite values; write cls.npy again with 01_embed.py")
+        system.die("an embedding holds nan or infinite values; write cls.npy again with 01_embed.py")
     return torch.nn.functional.normalize(torch.tensor(rows), dim=1)
 
 
@@ -66,7 +66,7 @@ def similarities(cls, pages, chosen, rank, world):
     """
     found = tiles(pages[chosen])
     mine = found[len(found) * rank // world:len(found) * (rank + 1) // world]
-    for rows, columns in common.progress(mine, rank, unit="tile"):
+    for rows, columns in system.progress(mine, rank, unit="tile"):
         i, j = chosen[rows], chosen[columns]
         sims = (unit(cls[i]) @ unit(cls[j]).T).clamp(-1, 1).numpy()                        # [rows, columns]
         a, b = np.nonzero((pages[i][:, None] == pages[j]) & (i[:, None] != j))
@@ -76,7 +76,7 @@ def similarities(cls, pages, chosen, rank, world):
 def most_similar(cls, chosen, other, rank=0, world=1):
     """Of each image in `chosen`, the largest cosine with a row of other [M, D]: [n] float32, shared by the processes."""
     best = np.full(len(chosen), -1, np.float32)
-    for start in common.progress(range(0, len(other), TILE), rank, unit="tile"):
+    for start in system.progress(range(0, len(other), TILE), rank, unit="tile"):
         theirs = unit(other[start:start + TILE]).T
         for rows in (slice(c, c + TILE) for c in range(rank * TILE, len(chosen), world * TILE)):
             best[rows] = np.maximum(best[rows], (unit(cls[chosen[rows]]) @ theirs).amax(1).numpy())
@@ -112,12 +112,12 @@ def picture(path, counts, low, high):
     axes.axvspan(low, high, color="tab:gray", alpha=0.15, label=f"kept: {low:.3f} to {high:.3f}")
     axes.set(xlim=(edges[:-1][coarse.any(0)][0] - 0.02, 1), xlabel="cosine similarity", ylabel="share of the pairs")
     axes.legend(loc="upper left", frameon=False)
-    with common.writing(path) as f:
+    with system.writing(path) as f:
         figure.savefig(f, dpi=120, format="png")
 
 
 def main():
-    p = common.parser(__doc__, device=False, seed=False)
+    p = system.parser(__doc__, device=False, seed=False)
     p.add_argument("--low", type=float, help="least similarity (default: by quantile)")
     p.add_argument("--high", type=float, help="greatest similarity (default: by quantile)")
     p.add_argument("--low-quantile", type=float, default=0.2, help="share of the pairs below the band (default 0.2)")
@@ -125,19 +125,19 @@ def main():
     p.add_argument("--exclude", type=Path, nargs="+", default=[], metavar="CLS.NPY",
                    help="embeddings of evaluation sets; a training image that nearly duplicates one of them is left out")
     p.add_argument("--exclude-above", type=float, default=0.95, help="what counts as nearly a duplicate (default 0.95)")
-    args = common.parse(p)
+    args = system.parse(p)
     if not 0 <= args.low_quantile <= args.high_quantile <= 1:
-        common.die(f"quantiles {args.low_quantile} and {args.high_quantile}: expected 0 <= low <= high <= 1")
-    _, rank, world = common.start("cpu")
-    data = common.Data(args.data)
+        system.die(f"quantiles {args.low_quantile} and {args.high_quantile}: expected 0 <= low <= high <= 1")
+    _, rank, world = system.start("cpu")
+    data = system.Data(args.data)
     pages, kind = np.asarray(data.pages), plants(data.names)
 
     train = np.flatnonzero(data.split == 0)
     chosen = train[np.argsort(pages[train], kind="stable")]
     for path in args.exclude:
-        other = common.read_array(path, np.float32, 2)
+        other = system.read_array(path, np.float32, 2)
         if other.shape[1] != data.cls.shape[1]:
-            common.die(f"{path} has {other.shape[1]} features an image, {data.folder} has {data.cls.shape[1]}: use one encoder")
+            system.die(f"{path} has {other.shape[1]} features an image, {data.folder} has {data.cls.shape[1]}: use one encoder")
         chosen = chosen[most_similar(data.cls, chosen, other, rank, world) <= args.exclude_above]
 
     counts = np.zeros((3, BINS), np.int64)                             # first pass: the histogram by kind, and the thresholds
@@ -147,7 +147,7 @@ def main():
     combine(counts)
     total = counts.sum()
     if total == 0:
-        common.die(f"{data.folder}: no two of its {len(chosen)} training images share a page, so there are no pairs")
+        system.die(f"{data.folder}: no two of its {len(chosen)} training images share a page, so there are no pairs")
     low = quantile(counts.sum(0), args.low_quantile, upper=False) if args.low is None else args.low
     high = quantile(counts.sum(0), args.high_quantile, upper=True) if args.high is None else args.high
 
@@ -171,16 +171,16 @@ def main():
                 combine(array, op)
             below, kept, above = outcomes.sum(0).tolist()
             if kept == 0:
-                common.die(f"no pair of {data.folder} lies between {low:.4f} and {high:.4f}: {below} are below, {above} above")
+                system.die(f"no pair of {data.folder} lies between {low:.4f} and {high:.4f}: {below} are below, {above} above")
             start = kept_by[:rank].sum()                               # now their number is known: each rank to its place
             rows.seek(0)
-            with (common.writing_array(data.folder / "pairs.npy", (kept, 2), np.int64, rank) as pairs,
-                  common.writing_array(data.folder / "sims.npy", (kept,), np.float32, rank) as similar):
+            with (system.writing_array(data.folder / "pairs.npy", (kept, 2), np.int64, rank) as pairs,
+                  system.writing_array(data.folder / "sims.npy", (kept,), np.float32, rank) as similar):
                 while len(row := np.fromfile(rows, PAIR, 1 << 20)):
                     pairs[start:start + len(row)], similar[start:start + len(row)] = row["pair"], row["sim"]
                     start += len(row)
     except OSError as e:
-        common.die(f"cannot write into {data.folder}: {e.strerror or e}; free some space")
+        system.die(f"cannot write into {data.folder}: {e.strerror or e}; free some space")
     if rank > 0:
         return
     print(f"{len(train):12,} training images on {len(np.unique(pages[train])):,} pages")

@@ -14,12 +14,12 @@ The command can be repeated at any time: it resumes, or says that it is done.
 """
 import numpy as np
 
-import common
+import system
 import training
 
-args = common.parse(training.training_parser(__doc__))
+args = system.parse(training.training_parser(__doc__))
 args.out = args.out or args.data / "recon.pt"
-data = common.Data(args.data)
+data = system.Data(args.data)
 train = np.flatnonzero(data.split == 0)
 pairs = np.stack([train, train], axis=1)                                 # [N, 2]: the condition is the target
 training.train_images(args, data, pairs)

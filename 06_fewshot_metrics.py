@@ -39,6 +39,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 import common
+import system
 
 CHUNK, NEIGHBOURS = 1024, 3   # rows at a time; k of precision and recall
 SETTINGS = ("reference", "model", "guidance", "sample_steps")           # rows that agree in these are repetitions
@@ -205,7 +206,7 @@ def picture(path, rows):
                 axes.annotate(label, (row["recall"], row["precision"]), xytext=(4, 4), textcoords="offset points")
         axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="recall", ylabel="precision", title=f"against {name} images; w at the points")
         axes.legend(frameon=False)
-    with common.writing(path) as f:
+    with system.writing(path) as f:
         figure.savefig(f, dpi=120, format="png")
 
 
@@ -234,50 +235,50 @@ def table(rows, caption):
 
 def encoder(folder):
     """The encoder in a folder's data.json, less what does not touch cls.npy."""
-    about = common.read_json(folder / "data.json").get("encoder")
+    about = system.read_json(folder / "data.json").get("encoder")
     if not isinstance(about, dict):
-        common.die(f"{folder}/data.json names no encoder; run 01_embed.py on it again")
+        system.die(f"{folder}/data.json names no encoder; run 01_embed.py on it again")
     return {key: value for key, value in about.items() if key not in ("tokens", "pool")}
 
 
 def read_samples(folder, data):
     """A sample folder: features [n k, d], conditions [n], what samples.json says. Exits with one line if it is not of `data`."""
     if encoder(folder) != encoder(data.folder):
-        common.die(f"{folder} was embedded by {encoder(folder)}, {data.folder} by {encoder(data.folder)}; run 01 alike on both")
+        system.die(f"{folder} was embedded by {encoder(folder)}, {data.folder} by {encoder(data.folder)}; run 01 alike on both")
     conditions = np.zeros(0, np.int64)                                 # samples of 07 have none
     if (folder / "conditions.npy").exists():
-        conditions = np.array(common.read_array(folder / "conditions.npy", np.int64, 1, made_by="05_sample.py"))
-    features = common.read_array(folder / "cls.npy", np.float32, 2)
+        conditions = np.array(system.read_array(folder / "conditions.npy", np.int64, 1, made_by="05_sample.py"))
+    features = system.read_array(folder / "cls.npy", np.float32, 2)
     ragged = len(features) % max(1, len(conditions))
     if features.shape[1] != data.cls.shape[1] or ragged or not np.isin(conditions, np.arange(len(data.cls))).all():
-        common.die(f"{folder}: {features.shape} features do not fit {len(conditions)} conditions of {data.folder}; run 01 again")
+        system.die(f"{folder}: {features.shape} features do not fit {len(conditions)} conditions of {data.folder}; run 01 again")
     if len(features) <= NEIGHBOURS or not np.isfinite(features).all():
-        common.die(f"{folder}/cls.npy has fewer than {NEIGHBOURS + 1} rows, or values that are not finite; run 05 and 01 again")
-    made = common.read_json(folder / "samples.json") if (folder / "samples.json").exists() else dict(model=folder.name)
+        system.die(f"{folder}/cls.npy has fewer than {NEIGHBOURS + 1} rows, or values that are not finite; run 05 and 01 again")
+    made = system.read_json(folder / "samples.json") if (folder / "samples.json").exists() else dict(model=folder.name)
     return features, conditions, dict(guidance=None, seed=None) | made
 
 
 def main():
-    p = common.parser(__doc__, seed=False)
+    p = system.parser(__doc__, seed=False)
     p.add_argument("--samples", type=Path, nargs="+", dest="folders", metavar="DIR",
                    help="sample folders (default: DATA/samples/*, or DATA/PROTOCOL/*)")
     p.add_argument("--protocol", choices=common.PROTOCOLS, default="fewshot", help="how the samples were made, by 05")
     p.add_argument("--references", type=int, help="compare with at most so many images")
     p.add_argument("--out", type=Path, help="folder for metrics.json and metrics.png (default DATA, or DATA/PROTOCOL)")
-    args = common.parse(p)
+    args = system.parse(p)
     made_in = args.data / ("samples" if args.protocol == "fewshot" else args.protocol)
     with_conditions = common.PROTOCOLS[args.protocol].get("with_conditions", False)
-    device, rank, _ = common.start(args.device)
+    device, rank, _ = system.start(args.device)
     device = torch.device("cpu") if device.type == "mps" else device   # MPS has no float64
     torch.set_float32_matmul_precision("highest")                      # not TF32, as start() allows: distances are differences
-    data, out = common.Data(args.data), args.out or (args.data if args.protocol == "fewshot" else made_in)
+    data, out = system.Data(args.data), args.out or (args.data if args.protocol == "fewshot" else made_in)
     folders = args.folders or sorted(found.parent for found in made_in.glob("*/cls.npy"))
     if not folders:
-        common.die(f"no folder in {made_in} has a cls.npy; run 05_sample.py, then 01_embed.py --cls-only")
+        system.die(f"no folder in {made_in} has a cls.npy; run 05_sample.py, then 01_embed.py --cls-only")
     samples = [(folder, *read_samples(folder, data)) for folder in folders]
     for folder, *_, made in samples:
         if made.get("protocol", args.protocol) != args.protocol:
-            common.die(f"{folder} was made for --protocol {made['protocol']}, not {args.protocol}; score the two apart")
+            system.die(f"{folder} was made for --protocol {made['protocol']}, not {args.protocol}; score the two apart")
 
     conditions = np.unique(np.concatenate([own for _, _, own, _ in samples]))
     if len(conditions) and (data.split == 1).any():                    # with none at all, every held-out image is a reference
@@ -286,12 +287,12 @@ def main():
     if rank == 0 and "all" in sets:
         print(f"{data.folder} holds nothing out: the reference is all of it but the conditioning images, trained on or not")
     if not all(np.isfinite(data.cls[indices]).all() for indices in (*sets.values(), train)):
-        common.die(f"{data.folder}/cls.npy has values that are not finite; run 01_embed.py again")
+        system.die(f"{data.folder}/cls.npy has values that are not finite; run 01_embed.py again")
     if args.references:
         sets = {name: np.random.default_rng(0).permutation(indices)[:args.references] for name, indices in sets.items()}
     real = {name: statistics(data.cls[np.sort(indices)], device) for name, indices in sets.items() if len(indices) > NEIGHBOURS}
     if not real:
-        common.die(f"{data.folder} has too few images besides its {len(conditions)} conditioning ones to compare with")
+        system.die(f"{data.folder} has too few images besides its {len(conditions)} conditioning ones to compare with")
 
     rows, name = [], "{name}, {px} px".format_map({"px": "?", **encoder(args.data)})
     train = np.random.default_rng(0).permutation(train)[:max(len(features) for _, features, *_ in samples)]
@@ -299,7 +300,7 @@ def main():
     if first != "all" and len(train) > NEIGHBOURS:
         rows.append(dict(reference=first, model=REAL, guidance=None, seed=None, encoder=name, copy=None,
                          **compare(real[first], statistics(data.cls[np.sort(train)], device))))
-    for folder, features, own, made in common.progress(samples, rank, unit="set"):
+    for folder, features, own, made in system.progress(samples, rank, unit="set"):
         fake = statistics(features, device)
         copy = copy_score(data.cls, fake["x"], own) if len(own) else None
         rows += [dict(made, reference=reference, encoder=name, folder=str(folder), copy=copy, **compare(real[reference], fake))
@@ -308,12 +309,12 @@ def main():
         return
     rows.sort(key=lambda row: (list(real).index(row["reference"]), "folder" in row, row["model"], row["guidance"] or 0))
 
-    with common.writing(out / "metrics.json") as f:
+    with system.writing(out / "metrics.json") as f:
         f.write(json.dumps(rows, indent=1).encode())
     picture(out / "metrics.png", rows)
     lines = table(rows, f"fid, kid: in the features of {name} (d = {data.cls.shape[1]}), not Inception's; "
                         f"precision, recall: k = {NEIGHBOURS}")
-    with common.writing(out / "metrics.txt") as f:
+    with system.writing(out / "metrics.txt") as f:
         f.write(("\n".join(lines) + "\n").encode())
     print("\n".join(lines))
     print(f"wrote {out}/metrics.json, metrics.txt and metrics.png")

@@ -37,6 +37,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import common
+import system
 import training
 
 ROWS = ("unconditional", "kmeans", "oracle", "2sdm", "2sdm_fewer_steps")
@@ -82,7 +83,7 @@ def sample_y(prior, noise, label, steps):
     def denoise(z, logsnr):
         alpha, sigma = common.alpha_sigma(logsnr)
         return (alpha * z - prior(z, logsnr, label, torch.zeros_like(label))) / sigma
-    return prior.to_y(common.ddpm_sample(denoise, noise(), noise, steps, prior_schedule, clip=False))
+    return prior.to_y(common.sampling_loop(denoise, noise(), noise, steps, prior_schedule, clip=False))
 
 
 class PriorBatches(torch.utils.data.Dataset):
@@ -107,14 +108,14 @@ class PriorBatches(torch.utils.data.Dataset):
 
 def train_prior(args, data, label, labels):
     """The prior of the training images' cls, with averaged weights, and its config; label [N] int64, -1 for none of `labels`."""
-    device, rank, world = common.start(args.device)
+    device, rank, world = system.start(args.device)
     args = argparse.Namespace(**vars(args) | dict(out=args.out / "prior.pt", steps=args.prior_steps, batch=args.prior_batch,
                                                   lr=args.prior_lr, weight_decay=args.prior_weight_decay))
     views, augmented = [data.cls], data.folder / "cls_aug.npy"
     if augmented.exists():
-        views += list(common.read_array(augmented, np.float32, 3))
+        views += list(system.read_array(augmented, np.float32, 3))
         if views[1].shape != data.cls.shape:
-            common.die(f"{augmented} holds embeddings of shape {views[1].shape}, cls.npy {data.cls.shape}; run 01_embed.py again")
+            system.die(f"{augmented} holds embeddings of shape {views[1].shape}, cls.npy {data.cls.shape}; run 01_embed.py again")
     network = dict(dim=data.cls.shape[1], width=args.prior_width, labels=labels, views=len(views))
     recipe = ("steps", "lr", "batch", "weight_decay", "warmup", "decay", "ema", "seed")
     train, held_out = np.flatnonzero(data.split == 0), np.flatnonzero((data.split == 1) & (label >= 0))
@@ -141,7 +142,7 @@ def train_prior(args, data, label, labels):
 
     training.train(args, config, model, PriorBatches(args, views, label, train, rank, world), loss_of, show)
     prior = Prior(**network)
-    prior.load_state_dict(common.read_checkpoint(args.out)["ema"])
+    prior.load_state_dict(system.read_checkpoint(args.out)["ema"])
     return prior.to(device).eval(), config
 
 
@@ -152,8 +153,8 @@ def image_model(args, data, name, condition, steps):
                                                   cond="film" if known else "none"))
     data.cls = condition if known else data.cls
     training.train_images(args, data, np.stack([train, train], axis=1), sheet=False)     # as in 03: image and its own condition
-    checkpoint = common.read_checkpoint(args.out)
-    model = common.UViT(**checkpoint["config"]["network"]).to(common.start(args.device)[0]).eval()
+    checkpoint = system.read_checkpoint(args.out)
+    model = common.UViT(**checkpoint["config"]["network"]).to(system.start(args.device)[0]).eval()
     model.load_state_dict(checkpoint["ema"])
     return model, checkpoint["config"] | dict(name=name)
 
@@ -217,23 +218,23 @@ def sample_row(args, folder, image, given, steps, prior=None, label=None):
 
     image, prior: model and config. given [n, C]: the condition of each, or what goes behind the y that prior draws for label [n].
     """
-    (net, config), (device, rank, world), n = image, common.start(args.device), len(given)
+    (net, config), (device, rank, world), n = image, system.start(args.device), len(given)
     prior, prior_config = prior or (None, None)
     trained_with = json.dumps([config, prior_config], sort_keys=True).encode()
     about = dict(model=folder.name, seed=args.seed, n=n, sample_steps=steps, image_model=config["name"], trained=config["steps"],
                  parameters=sum(w.numel() for part in (net, prior) if part is not None for w in part.parameters()),
                  config=zlib.crc32(trained_with))
     if (folder / "samples.json").exists():
-        old = common.read_json(folder / "samples.json")
+        old = system.read_json(folder / "samples.json")
         if any(old.get(key) != about[key] for key in about):
-            common.die(f"{folder} was sampled with other settings; give another --out or delete it")
+            system.die(f"{folder} was sampled with other settings; give another --out or delete it")
         return old
     dim = 0 if prior is None else len(prior.norm.mean)
     seconds = []                                                         # of prior and image model, an image, for each batch
-    with (common.writing_array(folder / "samples.npy", (n, 1, args.size, args.size, 3), np.uint8, rank) as samples,
-          common.writing_array(folder / "y.npy", (n, dim + given.shape[1]), np.float32, rank) as ys):
+    with (system.writing_array(folder / "samples.npy", (n, 1, args.size, args.size, 3), np.uint8, rank) as samples,
+          system.writing_array(folder / "y.npy", (n, dim + given.shape[1]), np.float32, rank) as ys):
         batches = range(0, n, args.batch_images)
-        for first in common.progress(batches[rank::world], rank, desc=folder.name, unit="batch"):
+        for first in system.progress(batches[rank::world], rank, desc=folder.name, unit="batch"):
             rows = range(first, min(n, first + args.batch_images))
             noise = [partial(common.randn, [common.generator(device, args.seed, i, stage, 7) for i in rows])
                      for stage in range(2)]                              # 7: streams that no other script draws from
@@ -251,7 +252,7 @@ def sample_row(args, folder, image, given, steps, prior=None, label=None):
         about |= dict(ms_image=1e3 * (in_prior + in_image), prior_share=in_prior / (in_prior + in_image))
         for stale in ("cls.npy", "data.json"):                           # of samples that were here before
             (folder / stale).unlink(missing_ok=True)
-        with common.writing(folder / "samples.json") as f:               # last: the row is whole
+        with system.writing(folder / "samples.json") as f:               # last: the row is whole
             f.write(json.dumps(about, indent=1).encode())
         print("{model:17}{sample_steps:4} steps,{ms_image:8.2f} ms an image, {prior_share:.0%} in the prior".format_map(about))
     return about
@@ -259,9 +260,9 @@ def sample_row(args, folder, image, given, steps, prior=None, label=None):
 
 def table(args, data):
     """Train what is missing and fill every row; the interpolation grid."""
-    device, rank, world = common.start(args.device)
+    device, rank, world = system.start(args.device)
     if args.prior_batch % (world * args.accumulate):
-        common.die(f"--prior-batch {args.prior_batch} does not divide into {world} processes x {args.accumulate} backward passes")
+        system.die(f"--prior-batch {args.prior_batch} does not divide into {world} processes x {args.accumulate} backward passes")
     pages = np.unique(data.pages[data.split == 0]) if args.label else np.zeros(0, np.int32)
     one_hot = (data.pages[:, None] == pages).astype(np.float32)          # [N, L]; 0 for pages without a training image
     label = np.where(one_hot.any(1), one_hot.argmax(1), -1) if args.label else np.zeros(len(data.pages), np.int64)       # [N]
@@ -286,7 +287,7 @@ def table(args, data):
 def sweep(args, data):
     """Image models that are told more and more of y, at every budget; as for the oracle, y is of training images."""
     if args.label:
-        common.die("the sweep is of unconditional generation; leave --label out")
+        system.die("the sweep is of unconditional generation; leave --label out")
     drawn = draw_conditions(data.split, args.samples, args.seed)
     for name in SWEEP:
         condition = told(data.cls, data.split, name)                                     # [N, C]
@@ -317,7 +318,7 @@ def interpolate(args, path, prior, image, given, label, side=8):
     y = torch.cat([y, torch.from_numpy(given).to(y.device).expand(side, -1)], 1).repeat_interleave(side, 0)
     across = between(3, 3, args.size, args.size)
     x = common.sample(*image, dict(cls=y), 0, lambda: across().repeat(side, 1, 1, 1), args.sample_steps, args.amp)
-    common.contact_sheet(path, list(x.reshape(side, side, *x.shape[1:])))
+    system.contact_sheet(path, list(x.reshape(side, side, *x.shape[1:])))
 
 
 def figures(args, data):
@@ -329,10 +330,10 @@ def figures(args, data):
     train, held_out = np.flatnonzero(data.split == 0), np.flatnonzero(data.split == 1)
     sets = {"held out": (data.images[held_out], data.cls[held_out])} if len(held_out) else {}
     for name in ("unconditional", "2sdm", "oracle"):
-        samples = common.read_array(args.out / name / "samples.npy", made_by="07_twostage.py")[:, 0]
-        sets[name] = samples, common.read_array(args.out / name / "cls.npy", rows=len(samples))
-    shown = [common.read_array(args.out / row / "samples.npy", made_by="07_twostage.py")[:16, 0] for row in ROWS]
-    common.contact_sheet(args.out / "rows.png", [list(images) for images in shown])
+        samples = system.read_array(args.out / name / "samples.npy", made_by="07_twostage.py")[:, 0]
+        sets[name] = samples, system.read_array(args.out / name / "cls.npy", rows=len(samples))
+    shown = [system.read_array(args.out / row / "samples.npy", made_by="07_twostage.py")[:16, 0] for row in ROWS]
+    system.contact_sheet(args.out / "rows.png", [list(images) for images in shown])
     sheet = [[image] for image in sets["2sdm"][0][:16]]
     figure, panels = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for axes, what, real, *others in zip(panels, ("pixels", "embedding"), (data.images[train], data.cls[train]), *sets.values()):
@@ -344,8 +345,8 @@ def figures(args, data):
         axes.legend(frameon=False)
         for line, indices in zip(sheet, found["2sdm"][0].indices):
             line += [None, *data.images[train[indices]]]
-    common.contact_sheet(args.out / "neighbours.png", sheet)
-    with common.writing(args.out / "distances.png") as f:
+    system.contact_sheet(args.out / "neighbours.png", sheet)
+    with system.writing(args.out / "distances.png") as f:
         figure.savefig(f, dpi=120, format="png")
     scores = args.out / "sweep" / "metrics.json"
     if scores.exists():
@@ -370,7 +371,7 @@ def plot_sweep(path, rows):
                                  label=f"{steps} steps, told {what_told}")
         axes.set(xscale="log", xlabel=f"{what} that the image model is told", ylabel="FID")
         axes.legend(frameon=False)
-    with common.writing(path) as f:
+    with system.writing(path) as f:
         figure.savefig(f, dpi=120, format="png")
 
 
@@ -387,10 +388,10 @@ def main():
     p.add_argument("--prior-lr", type=float, default=2e-3, help="peak learning rate of the prior")
     p.add_argument("--prior-width", type=int, default=128, help="features of the prior's tokens")
     p.add_argument("--prior-weight-decay", type=float, default=0.01)
-    args = common.parse(p)
-    common.at_least_one(args, "samples", "batch_images", "clusters", "prior_steps", "prior_batch", "prior_width")
+    args = system.parse(p)
+    system.at_least_one(args, "samples", "batch_images", "clusters", "prior_steps", "prior_batch", "prior_width")
     args.out = args.out or args.data / ("twostage_page" if args.label else "twostage")
-    dict(table=table, sweep=sweep, figures=figures)[args.what](args, common.Data(args.data))
+    dict(table=table, sweep=sweep, figures=figures)[args.what](args, system.Data(args.data))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""common.py: what two or more of the numbered scripts need, and nothing else.
+"""common.py: the papers' parts that two or more of the numbered scripts need, and nothing else.
 
-In reading order: presets, noise schedule, loss, sampler, U-ViT, files, processes. The training loop is training.py.
+In reading order: presets, noise schedule, loss, guidance, samplers, U-ViT. The training loop is training.py; files, command lines
+and processes are system.py.
 
 The papers, as cited in the comments:
   [S]   Semantica: Conditional Diffusion on Web-Scale Image Pairs leads to Diverse Image Variations, arXiv 2405.14857
@@ -8,31 +9,23 @@ The papers, as cited in the comments:
   [PD]  Progressive Distillation for Fast Sampling (v-prediction), arXiv 2202.00512
   [VDM] Variational Diffusion Models (log-SNR as time), arXiv 2107.00630
   [CFG] Classifier-Free Diffusion Guidance, arXiv 2207.12598
+  [DDIM] Denoising Diffusion Implicit Models, arXiv 2010.02502
+  [DPM++] DPM-Solver++: Fast Solver for Guided Sampling of Diffusion Probabilistic Models, arXiv 2211.01095
+  [GI]  Applying Guidance in a Limited Interval Improves Sample and Distribution Quality in Diffusion Models, arXiv 2404.07724
+  [CADS] Unleashing the Diversity of Diffusion Models through Condition-Annealed Sampling, arXiv 2310.17347
+  [TCFG] Tangential Damping Classifier-free Guidance, arXiv 2503.18137
   [2SDM] Two-Stage Diffusion Models: Better Image Synthesis by Explicitly Modeling Semantics, openreview.net/forum?id=fH2wf2w2Ss
         (first as Visual Chain-of-Thought Diffusion Models, arXiv 2303.16187)
 
     python common.py        # the table of presets: parameters and GFLOPs an image (meta device, no memory)
 """
-import argparse
-import contextlib
-import ctypes
-import functools
-import json
 import math
-import os
-import shutil
-import sys
-from datetime import timedelta
-from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Presets: everything that differs between a laptop and a cluster is data in this table; flags override single values.
@@ -74,6 +67,12 @@ def logsnr_schedule(t, size, noise_size):
     return -2 * torch.log(torch.tan(a + t * (b - a))) + 2 * math.log(noise_size / size)
 
 
+def time_of(logsnr, size, noise_size):
+    """t of a log-SNR: the inverse of logsnr_schedule."""
+    a, b = math.atan(math.exp(-7.5)), math.atan(math.exp(7.5))
+    return (torch.atan(torch.exp(math.log(noise_size / size) - logsnr / 2)) - a) / (b - a)
+
+
 def sampling_schedule(config):
     """logsnr(u ** time_power) for the sampler: 1 is uniform ([SD]); above 1, more of the few steps fall on low noise."""
     return lambda u: logsnr_schedule(u ** config["time_power"], config["network"]["size"], config["noise_size"])
@@ -100,43 +99,118 @@ def diffusion_loss(v_pred, x, eps, logsnr, kind):
     return error.square().mean(dim=(1, 2, 3))
 
 
-def guide(model, guidance, **condition):
+def guide(model, guidance, interval=None, damped=False, anneal=None, **condition):
     """A denoiser (z, logsnr) -> v under classifier-free guidance: (1 + w) v(cond) - w v(null) ([CFG] eq. 6, w as in [S]).
 
     w = 0 is the plain conditional model and w = -1 the unconditional one. Both branches run as one batch of 2B.
     At a given z, v is affine in x_hat and in eps_hat, and the weights sum to 1: guiding any of the three is the same.
+    interval (low, high): guide where low <= logsnr < high and sample plainly elsewhere ([GI]). damped: see damp(). anneal: a
+    function (condition, logsnr) -> condition, such as cads().
     """
     def denoise(z, logsnr):
-        if guidance == 0:
-            return model(z, logsnr, **condition)
-        twice = {k: torch.cat([c, c]) for k, c in condition.items()}
+        now = anneal(condition, logsnr) if anneal else condition
+        if guidance == 0 or interval and not interval[0] <= logsnr[0] < interval[1]:
+            return model(z, logsnr, **now)
+        twice = {k: torch.cat([c, c]) for k, c in now.items()}
         drop = torch.arange(2 * len(z), device=z.device) >= len(z)
         v_cond, v_null = model(torch.cat([z, z]), torch.cat([logsnr, logsnr]), drop=drop, **twice).chunk(2)
+        if damped:
+            v_null = damp(v_cond, v_null, z, logsnr)
         return (1 + guidance) * v_cond - guidance * v_null
     return denoise
 
 
-@torch.no_grad()
-def ddpm_sample(denoise, z, noise, steps, logsnr_of_t, interpolation=0.2, clip=True):
-    """DDPM ancestral sampling from z at t = 1 to x_hat at t = 0 ([VDM] appendix A; variance interpolated in log space, [SD]).
+def damp(v_cond, v_null, z, logsnr):
+    """v_null with its eps_hat projected on the first right singular vector of the two eps_hat, a and b, of each image ([TCFG]).
 
-    denoise(z [B, C, H, W], logsnr [B]) -> v; noise() -> fresh unit noise like z; interpolation: weight of the larger
-    posterior variance in log space (0: sigma_s^2 (1-r), 1: sigma_t^2 (1-r)). Returns x_hat of the last step; clip: to [-1, 1].
+    That is the direction cos(u) a + sin(u) b which both share, tan(2 u) = 2 a.b / (a.a - b.b); what is left of a pulls away.
     """
-    logsnrs = logsnr_of_t(torch.linspace(1, 0, steps + 1, device=z.device))
+    def dot(x, y):
+        return (x * y).sum((1, 2, 3), keepdim=True)                    # [B, 1, 1, 1]
+
+    alpha, sigma = alpha_sigma(logsnr)
+    a, b = sigma * z + alpha * v_null, sigma * z + alpha * v_cond
+    u = torch.atan2(2 * dot(a, b), dot(a, a) - dot(b, b)) / 2
+    first = u.cos() * a + u.sin() * b
+    return (dot(a, first) / dot(first, first) * first - sigma * z) / alpha
+
+
+def cads(model, config, randn_like, scale, low=0.6, high=0.9, mix=1.0):
+    """(condition, logsnr) -> condition with noise that fades as t falls from `high` to `low` ([CADS] section 3).
+
+    y <- sqrt(gamma) y + scale sqrt(1 - gamma) n of the standardised y, gamma = 1 below `low`, 0 above `high`, linear between;
+    then brought back to the mean and s.d. of y, and mixed: `mix` of that and 1 - mix of the one before. randn_like(y) -> n.
+    """
+    def anneal(condition, logsnr):
+        t = time_of(logsnr[0], config["network"]["size"], config["noise_size"])
+        gamma = float(((high - t) / (high - low)).clamp(0, 1))
+        if gamma == 1:
+            return condition
+        noisy = {}
+        for name in condition.keys() & {"cls", "tokens"}:
+            norm = model.cls_norm if name == "cls" else model.token_norm
+            y = norm(condition[name])
+            n = math.sqrt(gamma) * y + scale * math.sqrt(1 - gamma) * randn_like(y)
+            axes = tuple(range(1, y.ndim))
+            again = (n - n.mean(axes, keepdim=True)) / n.std(axes, keepdim=True) * y.std(axes, keepdim=True)
+            noisy[name] = norm.mean + norm.std * (mix * (again + y.mean(axes, keepdim=True)) + (1 - mix) * n)
+        return condition | noisy
+    return anneal
+
+
+# A sampler's step from z at logsnr_t to z at logsnr_s, less noise, given x_hat at t; `before` is (x_hat, logsnr) of the step
+# before this one, or None. A logsnr is a tensor of one number; noise() -> fresh unit noise like z.
+
+
+def ddpm_step(z, x_hat, logsnr_t, logsnr_s, noise, before=None, interpolation=0.2):
+    """Ancestral sampling ([VDM] appendix A), its variance interpolated in log space ([SD]).
+
+    interpolation: weight of the larger posterior variance (0: sigma_s^2 (1-r), 1: sigma_t^2 (1-r)), r = SNR(t) / SNR(s).
+    """
+    (alpha_t, sigma_t), (alpha_s, sigma_s) = alpha_sigma(logsnr_t), alpha_sigma(logsnr_s)
+    r = torch.exp(logsnr_t - logsnr_s)
+    one_minus_r = -torch.expm1(logsnr_t - logsnr_s)                    # exact when the two are close
+    mean = r * (alpha_s / alpha_t) * z + one_minus_r * alpha_s * x_hat
+    return mean + one_minus_r.sqrt() * sigma_t ** interpolation * sigma_s ** (1 - interpolation) * noise()
+
+
+def ddim_step(z, x_hat, logsnr_t, logsnr_s, noise, before=None):
+    """alpha_s x_hat + sigma_s eps_hat with eps_hat = (z - alpha_t x_hat) / sigma_t: no fresh noise ([DDIM] eq. 12, eta = 0)."""
+    (alpha_t, sigma_t), (alpha_s, sigma_s) = alpha_sigma(logsnr_t), alpha_sigma(logsnr_s)
+    return alpha_s * x_hat + sigma_s * (z - alpha_t * x_hat) / sigma_t
+
+
+def dpm_solver_step(z, x_hat, logsnr_t, logsnr_s, noise, before=None):
+    """DPM-Solver++(2M): DDIM with x_hat extrapolated along logsnr from the step before ([DPM++] algorithm 2).
+
+    h = (logsnr_s - logsnr_t) / 2, r = h before / h; D = x_hat + (x_hat - x_hat before) / 2 r; z_s = sigma_s / sigma_t z -
+    alpha_s expm1(-h) D. The first step, with nothing before it, is DDIM's.
+    """
+    if before is not None:
+        x_before, logsnr_before = before
+        x_hat = x_hat + (x_hat - x_before) / 2 * (logsnr_s - logsnr_t) / (logsnr_t - logsnr_before)
+    return ddim_step(z, x_hat, logsnr_t, logsnr_s, noise)
+
+
+SAMPLERS = {"ddpm": ddpm_step, "ddim": ddim_step, "dpm++": dpm_solver_step}
+
+
+@torch.no_grad()
+def sampling_loop(denoise, z, noise, steps, logsnr_of_t, step=ddpm_step, clip=True):
+    """From z at t = 1 to x_hat at t = 0: denoise(z [B, C, H, W], logsnr [B]) -> v, then a step of SAMPLERS.
+
+    Returns x_hat of the last step; clip: every x_hat to [-1, 1].
+    """
+    logsnrs, before = logsnr_of_t(torch.linspace(1, 0, steps + 1, device=z.device)), None
     for i in range(steps):
-        logsnr_t, logsnr_s = logsnrs[i].expand(len(z)), logsnrs[i + 1].expand(len(z))  # from t down to s < t
-        (alpha_t, sigma_t), (alpha_s, sigma_s) = alpha_sigma(logsnr_t), alpha_sigma(logsnr_s)
-        x_hat = alpha_t * z - sigma_t * denoise(z, logsnr_t)
+        logsnr = logsnrs[i:i + 1]
+        alpha, sigma = alpha_sigma(logsnr)
+        x_hat = alpha * z - sigma * denoise(z, logsnr.expand(len(z)))
         if clip:
             x_hat = x_hat.clamp(-1, 1)
         if i == steps - 1:
             return x_hat
-        r = torch.exp(logsnrs[i] - logsnrs[i + 1])                    # SNR(t) / SNR(s)
-        one_minus_r = -torch.expm1(logsnrs[i] - logsnrs[i + 1])       # exact when the two are close
-        mean = r * (alpha_s / alpha_t) * z + one_minus_r * alpha_s * x_hat
-        std = one_minus_r.sqrt() * sigma_t ** interpolation * sigma_s ** (1 - interpolation)
-        z = mean + std * noise()
+        z, before = step(z, x_hat, logsnr, logsnrs[i + 1:i + 2], noise, before), (x_hat, logsnr)
 
 
 def generator(device, *key):
@@ -155,11 +229,20 @@ def autocast(device, amp):
     return torch.autocast(device.type, torch.bfloat16, enabled=amp == "bf16")
 
 
-def sample(model, config, condition, guidance, noise, steps, amp):
-    """uint8 images [B, S, S, 3] for embeddings `condition` of B rows; noise() -> fresh unit noise [B, 3, S, S] each time."""
+def to_uint8(x):
+    """[B, 3, H, W] float in [-1, 1] -> [B, H, W, 3] uint8, numpy."""
+    return ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def sample(model, config, condition, guidance, noise, steps, amp, sampler="ddpm", **how):
+    """uint8 images [B, S, S, 3] for embeddings `condition` of B rows; noise() -> fresh unit noise [B, 3, S, S] each time.
+
+    how: interval, damped and anneal of guide().
+    """
     z, condition = noise(), {name: c.float() for name, c in condition.items()}
     with autocast(z.device, amp):
-        return to_uint8(ddpm_sample(guide(model, guidance, **condition), z, noise, steps, sampling_schedule(config)))
+        denoise = guide(model, guidance, **how, **condition)
+        return to_uint8(sampling_loop(denoise, z, noise, steps, sampling_schedule(config), SAMPLERS[sampler]))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -246,19 +329,27 @@ class TransformerBlock(nn.Module):
         return x + self.mlp(self.norm3(x) * (1 + scale2) + shift2)     # [B, N, D]
 
 
+def waves(x):
+    """x [B] in about +-0.5 -> [B, 256]: sines and cosines of 128 frequencies from 1 to 1,000."""
+    angles = x[:, None] * torch.exp(torch.linspace(0, math.log(1000), 128, device=x.device))
+    return torch.cat([angles.sin(), angles.cos()], -1)
+
+
 class UViT(nn.Module):
     """v-prediction network: noisy z [B, 3, size, size], logsnr [B], condition -> v_pred [B, 3, size, size].
 
     cond: "tokens" cross-attends to the encoder's local tokens [B, T, C]; "film" adds the normalised global embedding
     [B, D], through a dense layer, to the noise-level embedding; "both"; "none". drop [B] bool: rows that get the null condition.
+    dial: a similarity [B] in [-1, 1] is one more condition, embedded like the noise level; nan: none is given.
     """
 
-    def __init__(self, size, patch, channels, blocks, cond, cls_dim=0, token_shape=(0, 0)):
+    def __init__(self, size, patch, channels, blocks, cond, cls_dim=0, token_shape=(0, 0), dial=False):
         super().__init__()
         *conv_dims, dim = channels
         self.patch, self.cond = patch, cond
         emb_dim = min(dim, 1024)
         self.noise_mlp = nn.Sequential(nn.Linear(256, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
+        self.dial = nn.Sequential(nn.Linear(256, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim)) if dial else None
         if cond in ("film", "both"):
             self.cls_norm, self.cls_in = Standardise(cls_dim), nn.Linear(cls_dim, emb_dim)
             self.cls_null = nn.Parameter(torch.zeros(emb_dim))
@@ -280,11 +371,12 @@ class UViT(nn.Module):
         self.norm_out = group_norm(channels[0])
         self.conv_out = zero(nn.Conv2d(channels[0], 3 * patch * patch, 3, padding=1))
 
-    def forward(self, z, logsnr, cls=None, tokens=None, drop=None):
-        freqs = torch.exp(torch.linspace(0, math.log(1000), 128, device=z.device))
-        angles = (logsnr / 30)[:, None] * freqs                        # [B, 128]; logsnr in about +-15
-        emb = self.noise_mlp(torch.cat([angles.sin(), angles.cos()], -1))  # [B, E]
+    def forward(self, z, logsnr, cls=None, tokens=None, drop=None, similarity=None):
+        emb = self.noise_mlp(waves(logsnr / 30))                       # [B, E]; logsnr in about +-15
         keep = None if drop is None else ~drop[:, None]                # [B, 1]
+        if self.dial is not None:
+            given = ~similarity.isnan() if drop is None else ~similarity.isnan() & ~drop
+            emb = emb + self.dial(waves(similarity.nan_to_num() / 2)) * given[:, None]
         if self.cond in ("film", "both"):
             h = self.cls_in(self.cls_norm(cls))
             emb = emb + (h if keep is None else torch.where(keep, h, self.cls_null))
@@ -309,227 +401,6 @@ class UViT(nn.Module):
             for block in blocks:
                 h = block(h, emb)
         return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(h))), self.patch).float()  # [B, 3, size, size]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Files. Every finished file appears by a rename, so whatever has its final name is whole.
-
-
-def die(message):
-    """One line on standard error and exit code 2: bad arguments or bad input."""
-    print(f"error: {message}", file=sys.stderr, flush=True)
-    sys.exit(2)
-
-
-@contextlib.contextmanager
-def writing(path):
-    """`with writing(path) as f`: f is PATH.tmp, opened for bytes; it becomes PATH at the end, or nothing does."""
-    temporary = Path(f"{path}.tmp")
-    try:
-        temporary.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as f:
-            yield f
-        os.replace(temporary, path)
-    except BaseException as e:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        while isinstance(e, Exception) and not isinstance(e, OSError):  # torch.save raises another error on top of it
-            e = e.__context__
-        if not isinstance(e, OSError):
-            raise
-        die(f"cannot write {path}: {e.strerror or e}; free some space or choose another folder")
-
-
-def read_array(path, dtype=None, ndim=None, rows=None, made_by="01_embed.py"):
-    """Memory-map an .npy file, checked against the given dtype, number of axes and rows; exits with one line if it differs."""
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-        if math.prod(getattr(array, "shape", ())) > max(1, os.path.getsize(path)):  # numpy's own product can overflow
-            raise ValueError("its shape is larger than the file")
-    except FileNotFoundError:
-        die(f"{path} is missing; {made_by} writes it")
-    except Exception as e:  # a damaged header raises many types
-        reason = next(iter(str(e).splitlines()), type(e).__name__)
-        die(f"{path} is not a readable .npy array ({reason}); write it again with {made_by}")
-    if not isinstance(array, np.ndarray) or array.ndim == 0:
-        die(f"{path} is not one array with rows; write it again with {made_by}")
-    found, wanted = (array.dtype, array.ndim, len(array)), (dtype, ndim, rows)
-    if any(w is not None and f != w for f, w in zip(found, wanted)):
-        die(f"{path} holds (dtype, axes, rows) {found}, expected {wanted}; write it again with {made_by}")
-    return array
-
-
-def read_json(path, made_by="01_embed.py"):
-    """The object in a .json file; exits with one line if there is none."""
-    try:
-        value = json.loads(Path(path).read_text())
-    except (ValueError, OSError, RecursionError) as e:
-        die(f"cannot read {path} ({e}); {made_by} writes it")
-    if not isinstance(value, dict):
-        die(f"{path} holds a {type(value).__name__}, expected an object; write it again with {made_by}")
-    return value
-
-
-def read_checkpoint(path):
-    """{model, ema, optimizer, step, config} of a .pt file that train() wrote: tensors and plain values, no pickled objects."""
-    parts = dict(model=dict, ema=dict, step=int, config=dict)
-    try:
-        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)         # reads what is used of it
-        if not all(isinstance(checkpoint[name], kind) for name, kind in parts.items()):
-            raise TypeError
-    except FileNotFoundError:
-        die(f"{path} is missing; 03_train_recon.py and 04_train_pairs.py write checkpoints")
-    except Exception as e:  # torch.load raises many types for a file that is something else
-        die(f"{path} is not a checkpoint of this project ({type(e).__name__}); give one that 03, 04 or 07 wrote")
-    return checkpoint
-
-
-class Data:
-    """A folder that 01_embed.py wrote, memory-mapped: images, pages, split, names, cls, tokens and the settings `meta`."""
-
-    def __init__(self, folder):
-        self.folder, self.meta = Path(folder), read_json(Path(folder) / "data.json")
-        self.images = read_array(self.folder / "images.npy", np.uint8, 4)                       # [N, S, S, 3]
-        n, side, *_ = self.images.shape
-        if n == 0 or self.images.shape[1:] != (side, side, 3):
-            die(f"{folder}/images.npy holds shape {self.images.shape}, expected [N, S, S, 3]; write it again with 01_embed.py")
-        for name, dtype, ndim in (("pages", np.int32, 1), ("split", np.uint8, 1), ("names", None, 1),
-                                  ("cls", np.float32, 2), ("tokens", np.float16, 3)):
-            setattr(self, name, read_array(self.folder / f"{name}.npy", dtype, ndim, n))
-        if self.names.dtype.kind != "U" or not isinstance(self.meta.get("encoder"), dict):
-            die(f"{folder}: names.npy holds no text, or data.json names no encoder; write them again with 01_embed.py")
-
-    def conditions(self, per_page=1, draw=0):
-        """Indices of the conditioning images: the first held-out image of each page, or all images if none is held out.
-
-        per_page: so many of each page (None: all); draw 1, 2, ...: the next so many, where a page has them.
-        """
-        held_out = np.flatnonzero(self.split == 1)
-        if per_page is None or len(held_out) == 0:
-            return held_out if len(held_out) else np.arange(len(self.split))
-        held_out = held_out[np.argsort(self.pages[held_out], kind="stable")]
-        _, first, page = np.unique(self.pages[held_out], return_index=True, return_inverse=True)
-        return held_out[(np.arange(len(held_out)) - first[page]) // per_page == draw]
-
-    def embeddings(self, indices, cond, device):
-        """What a network of this `cond` reads of the images `indices`: cls [B, D] and / or tokens [B, T, C]."""
-        wanted = {"tokens": ["tokens"], "film": ["cls"], "both": ["cls", "tokens"], "none": []}[cond]
-        return {name: torch.from_numpy(np.asarray(getattr(self, name)[indices])).to(device) for name in wanted}
-
-
-def to_uint8(x):
-    """[B, 3, H, W] float in [-1, 1] -> [B, H, W, 3] uint8, numpy."""
-    return ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-
-
-def contact_sheet(path, rows):
-    """Save rows of uint8 [S, S, 3] images as one PNG, magnified to about 48 pixels an image; None leaves a gap."""
-    size = rows[0][0].shape[0]
-    gap = np.full((size + 2, 4, 3), 255, np.uint8)
-    frame = ((1, 1), (1, 1), (0, 0))
-    lines = [np.concatenate([gap if i is None else np.pad(i, frame, constant_values=255) for i in row], 1) for row in rows]
-    sheet = Image.fromarray(np.concatenate(lines))
-    zoom = max(1, round(48 / size))
-    with writing(path) as f:
-        sheet.resize((sheet.width * zoom, sheet.height * zoom), Image.NEAREST).save(f, format="PNG")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Command line, devices, processes. `torchrun --nproc-per-node=N script.py ...` and `python script.py ...` do the same.
-
-
-def parser(doc, data="folder that 01_embed.py wrote (default runs/PRESET)", device=True, seed=True):
-    """An ArgumentParser with the flags that the scripts share; finish with parse()."""
-    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--preset", choices=PRESETS, help="size, network and recipe (default: what DATA was made with, else digits16)")
-    p.add_argument("--data", type=Path, help=data)
-    if device:
-        p.add_argument("--device", help="cpu, cuda or mps (default: the best there is)")
-    if seed:
-        p.add_argument("--seed", type=int, default=0)
-    return p
-
-
-def parse(p, argv=None):
-    """Parse, then fill what the command line left open: preset from the data, data from the preset, the rest from the preset
-    and the protocol."""
-    args = p.parse_args(argv)
-    args.data = args.data or Path("runs") / (args.preset or "digits16")
-    if args.preset is None and (args.data / "data.json").exists():
-        args.preset = read_json(args.data / "data.json").get("preset")
-        if args.preset not in PRESETS:
-            die(f"{args.data}/data.json names preset {args.preset}, not one of {', '.join(PRESETS)}; give --preset")
-    for key, value in (PRESETS[args.preset or "digits16"] | PROTOCOLS.get(getattr(args, "protocol", None), {})).items():
-        if getattr(args, key, None) is None:
-            setattr(args, key, value)
-    return args
-
-
-@functools.cache
-def start(device):
-    """Pick the device and join torchrun's process group if there is one, once. Returns (device, rank, world)."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):      # glibc: keep freed memory instead of faulting it in again,
-        for option in (-1, -3):                                        # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD: a tenth of a CPU step
-            ctypes.CDLL(None).mallopt(option, 1 << 25)
-    rank, world, local = (int(os.environ.get(k, v)) for k, v in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    alone = "RANK" not in os.environ                                   # gloo does not know MPS
-    device = device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() and alone else "cpu")
-    if device.startswith("cuda:") and not alone:
-        die(f"--device {device}: under torchrun every process has its own; give --device cuda")
-    if device == "cuda":
-        device = f"cuda:{local}"
-        torch.cuda.set_device(local)
-        torch.set_float32_matmul_precision("high")                     # TF32 for what stays in float32
-    if not alone:
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(hours=1))
-    return torch.device(device), rank, world
-
-
-def at_least_one(args, *flags):
-    """Exit with one line if one of these numbers is less than 1."""
-    for flag in flags:
-        if getattr(args, flag) < 1:
-            die(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected at least 1")
-
-
-def wait():
-    """Until all processes are here."""
-    if dist.is_initialized():
-        dist.barrier()
-
-
-@contextlib.contextmanager
-def writing_array(path, shape, dtype, rank):
-    """`with writing_array(...) as a`: one .npy that all ranks fill, each its own rows; it becomes PATH when all are done."""
-    temporary = Path(f"{path}.tmp")
-    try:
-        if rank == 0:
-            temporary.parent.mkdir(parents=True, exist_ok=True)
-            needed, free = math.prod(shape) * np.dtype(dtype).itemsize, shutil.disk_usage(temporary.parent).free
-            if needed > free:                                          # a memory map of a full disk dies without a word
-                die(f"cannot write {path}: it needs {needed:,} bytes, {free:,} are free")
-            np.lib.format.open_memmap(temporary, "w+", dtype, shape)
-            if hasattr(os, "posix_fallocate"):                         # take the space now: nobody else can fill the disk
-                with open(temporary, "r+b") as f:
-                    os.posix_fallocate(f.fileno(), 0, os.path.getsize(temporary))
-        wait()
-        array = np.lib.format.open_memmap(temporary, "r+")
-        yield array
-        array.flush()
-        wait()
-        if rank == 0:
-            os.replace(temporary, path)
-    except OSError as e:
-        die(f"cannot write {path}: {e.strerror or e}; choose another folder")
-    finally:
-        if rank == 0:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
-
-
-def progress(iterable, rank=0, **options):
-    """tqdm on the first rank: every second on a terminal, every half minute in a log file."""
-    return tqdm(iterable, disable=rank > 0, mininterval=1 if sys.stderr.isatty() else 30, **options)
 
 
 if __name__ == "__main__":

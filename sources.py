@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 import common
+import system
 
 FORMATS = ["AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP"]    # no format that runs a program
 SUFFIXES = {".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tga", ".tif", ".tiff", ".webp"}
@@ -22,13 +23,13 @@ def choose(images, preset, size, fit, by_class):
     """The source that --images, the preset and --pages ask for; exits with one line if there is none."""
     built_in = common.PRESETS[preset]["source"]
     if images is None and built_in is None:
-        common.die(f"preset {preset} has no images of its own; give --images")
+        system.die(f"preset {preset} has no images of its own; give --images")
     if by_class and (images or built_in != "digits"):
-        common.die(f"--pages class is for the built-in digits; {images or built_in} knows no classes")
+        system.die(f"--pages class is for the built-in digits; {images or built_in} knows no classes")
     if images is None:
         return openmoji(size) if built_in == "openmoji" else digits(size, by_class)
     if not images.exists():
-        common.die(f"{images} does not exist; give a folder, an image or an .npy file")
+        system.die(f"{images} does not exist; give a folder, an image or an .npy file")
     return (array if images.suffix == ".npy" else folder)(images, size, fit)
 
 
@@ -93,7 +94,7 @@ def folder(root, size, fit):
     """The images below a folder, or one image file; the page of an image is the folder it lies in."""
     names = image_files(root) if root.is_dir() else [root.name]
     if not names:
-        common.die(f"{root} holds no image files ({' '.join(sorted(SUFFIXES))})")
+        system.die(f"{root} holds no image files ({' '.join(sorted(SUFFIXES))})")
     names = np.array(names)                                              # one array, not N objects
     page = {parent: i for i, parent in enumerate(sorted({os.path.dirname(n) for n in names}))}
     pages = np.fromiter((page[os.path.dirname(n)] for n in names), np.int32, len(names))
@@ -105,9 +106,9 @@ def folder(root, size, fit):
 
 def array(path, size, fit):
     """uint8 images [..., H, W, 3] of an .npy file, none held out; the first axis is the page."""
-    images = common.read_array(path, np.uint8, made_by="05_sample.py")
+    images = system.read_array(path, np.uint8, made_by="05_sample.py")
     if images.ndim < 4 or images.shape[-1] != 3 or images.size == 0:
-        common.die(f"{path} holds shape {list(images.shape)}, expected [..., H, W, 3] as 05_sample.py writes")
+        system.die(f"{path} holds shape {list(images.shape)}, expected [..., H, W, 3] as 05_sample.py writes")
     flat = images.reshape(-1, *images.shape[-3:])                        # still memory-mapped
     if not (fits := flat.shape[1:3] == (size, size)):
         print(f"warning: the {flat.shape[1]} x {flat.shape[2]} images of {path} become {size} x {size}", file=sys.stderr)

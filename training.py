@@ -39,11 +39,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import common
+import system
 
 
 def training_parser(doc, out="checkpoint to write (default in DATA); repeat the command to resume", cond=True):
-    """common.parser() with the flags of the training scripts; unset ones take the preset's value."""
-    p = common.parser(doc)
+    """system.parser() with the flags of the training scripts; unset ones take the preset's value."""
+    p = system.parser(doc)
     p.add_argument("--out", type=Path, help=out)
     if cond:
         p.add_argument("--cond", default="both", choices=["tokens", "film", "both", "none"], help="how the condition enters")
@@ -70,14 +71,33 @@ def training_parser(doc, out="checkpoint to write (default in DATA); repeat the 
 # What 03, 04 and the image models of 07 train.
 
 
+class AllPairs:
+    """All (i, j) of one page among the images `chosen`, i = j too, numbered page by page: [n] numbers -> [n, 2]."""
+
+    def __init__(self, pages, chosen):
+        self.chosen = chosen[np.argsort(pages[chosen], kind="stable")]
+        _, self.first, count = np.unique(pages[self.chosen], return_index=True, return_counts=True)
+        self.count, self.ends = count, np.cumsum(count.astype(np.int64) ** 2)
+
+    def __len__(self):
+        return int(self.ends[-1])
+
+    def __getitem__(self, numbers):
+        page = np.searchsorted(self.ends, numbers, side="right")
+        within = numbers - self.ends[page] + self.count[page].astype(np.int64) ** 2
+        return self.chosen[self.first[page][:, None] + np.stack(np.divmod(within, self.count[page]), 1)]
+
+
 class PairBatches(torch.utils.data.Dataset):
     """Item `step` is this rank's share of batch `step`, a function of (seed, step) alone: resuming needs no generator state.
 
-    x [b, S, S, 3] uint8, eps [b, 3, S, S] unit noise, t [b] in [0, 1], drop [b] bool, and cls [b, D], tokens [b, T, C] by cond.
+    x [b, S, S, 3] uint8, eps [b, 3, S, S] unit noise, t [b] in [0, 1], drop [b] bool, and cls [b, D], tokens [b, T, C] by cond;
+    of AllPairs also similarity [b], the cosine of a pair's global embeddings, nan where it is dropped.
     """
 
     def __init__(self, args, data, pairs, rank, world):
         self.args, self.data, self.pairs, self.mine = args, data, pairs, range(rank, args.batch, world)
+        self.dial = isinstance(pairs, AllPairs)
 
     def __getitem__(self, step):
         rng, n = np.random.default_rng([self.args.seed, step]), self.args.batch
@@ -86,8 +106,13 @@ class PairBatches(torch.utils.data.Dataset):
         drop = rng.random(n) < self.args.cond_drop                     # these rows train the null condition ([CFG])
         condition, target = pairs[self.mine].T
         eps = common.randn([common.generator("cpu", self.args.seed, step, i) for i in self.mine], (3, *[self.args.size] * 2))
-        return dict(x=torch.from_numpy(np.asarray(self.data.images[target])), eps=eps, t=torch.from_numpy(t[self.mine]).float(),
-                    drop=torch.from_numpy(drop[self.mine]), **self.data.embeddings(condition, self.args.cond, "cpu"))
+        batch = dict(x=torch.from_numpy(np.asarray(self.data.images[target])), eps=eps, t=torch.from_numpy(t[self.mine]).float(),
+                     drop=torch.from_numpy(drop[self.mine]), **self.data.embeddings(condition, self.args.cond, "cpu"))
+        if self.dial:
+            a, b = (torch.from_numpy(np.asarray(self.data.cls[i])) for i in (condition, target))
+            dropped = torch.from_numpy((rng.random(n) < self.args.cond_drop)[self.mine])         # independently of `drop`
+            batch["similarity"] = torch.cosine_similarity(a, b).masked_fill(dropped, math.nan)
+        return batch
 
 
 def some_of(rows):
@@ -96,27 +121,31 @@ def some_of(rows):
 
 
 def train_images(args, data, pairs, sheet=True):
-    """Train a U-ViT on pairs [P, 2] of (condition, target) indices: train(), and a sheet of samples beside args.out."""
-    _, rank, world = common.start(args.device)
+    """Train a U-ViT on pairs [P, 2] of (condition, target) indices: train(), and a sheet of samples beside args.out.
+
+    AllPairs train one with a dial: the similarity of a pair is one more condition.
+    """
+    _, rank, world = system.start(args.device)
     if data.images.shape[1] != args.size:
-        common.die(f"{data.folder} has images of {data.images.shape[1]} px, preset {args.preset} wants {args.size}")
+        system.die(f"{data.folder} has images of {data.images.shape[1]} px, preset {args.preset} wants {args.size}")
     channels, blocks, halved = args.channels, args.blocks, args.patch * 2 ** (len(args.channels) - 1)
     if len(blocks) != len(channels) or min(*channels, *blocks) < 1 or any(c % 16 for c in channels) \
             or channels[-1] % max(1, channels[-1] // 64) or args.size % halved:
-        common.die(f"--channels {channels} --blocks {blocks}: expected one of each a stage, channels in multiples of 16, of 64 "
+        system.die(f"--channels {channels} --blocks {blocks}: expected one of each a stage, channels in multiples of 16, of 64 "
                    f"in a last stage above 128, and {args.size} px to be halved {len(channels) - 1} times")
     if len(pairs) == 0:
-        common.die(f"{data.folder} has no pairs to train on; loosen the thresholds of 02_filter_pairs.py")
-    paired = np.zeros(len(data.split), bool)
-    if pairs.min() >= 0 and pairs.max() < len(paired):
-        paired[pairs.reshape(-1)] = True
+        system.die(f"{data.folder} has no pairs to train on; loosen the thresholds of 02_filter_pairs.py")
+    dial = isinstance(pairs, AllPairs)
+    paired, used = np.zeros(len(data.split), bool), np.ascontiguousarray(pairs.chosen if dial else pairs)
+    if used.min() >= 0 and used.max() < len(paired):
+        paired[used.reshape(-1)] = True
     if not paired.any() or data.split[paired].any():
-        common.die(f"the pairs are not of training images of {data.folder}; run 02_filter_pairs.py again")
+        system.die(f"the pairs are not of training images of {data.folder}; run 02_filter_pairs.py again")
     network = dict(size=args.size, patch=args.patch, channels=list(args.channels), blocks=list(args.blocks), cond=args.cond,
-                   cls_dim=data.cls.shape[1], token_shape=list(data.tokens.shape[1:]))
+                   cls_dim=data.cls.shape[1], token_shape=list(data.tokens.shape[1:]), **dict(dial=True) if dial else {})
     recipe = ("preset", "loss", "noise_size", "cond_drop", "batch", "steps", "lr", "warmup", "decay", "ema", "seed", "time_power")
     rows = some_of(np.flatnonzero(data.split == 0))
-    config = dict(network=network, encoder=data.meta["encoder"], pairs=zlib.crc32(np.ascontiguousarray(pairs)),
+    config = dict(network=network, encoder=data.meta["encoder"], pairs=zlib.crc32(used),
                   data=zlib.crc32(np.ascontiguousarray(data.cls[rows])), **{key: getattr(args, key) for key in recipe})
 
     torch.manual_seed(args.seed)
@@ -137,16 +166,21 @@ def train_images(args, data, pairs, sheet=True):
 
 
 def preview(args, config, data, model, device, rank):
-    """Eight samples (w = 1) for each of up to eight conditions, with the same noise every time: OUT with .png."""
+    """Eight samples (w = 1) for each of up to eight conditions, with the same noise every time: OUT with .png.
+
+    Of a model with a dial they are for similarities from 1 to 0.5.
+    """
     chosen, k = data.conditions(), 8
     chosen = chosen[np.linspace(0, len(chosen) - 1, min(len(chosen), 8)).astype(int)]            # from all over
     condition = {name: c.repeat_interleave(k, 0) for name, c in data.embeddings(chosen, args.cond, device).items()}
+    if config["network"].get("dial"):
+        condition["similarity"] = torch.linspace(1, 0.5, k, device=device).repeat(len(chosen))
     streams = [common.generator(device, args.seed, i, j) for i in range(len(chosen)) for j in range(k)]
     noise = partial(common.randn, streams, (3, args.size, args.size))
     images = common.sample(model, config, condition, 0 if args.cond == "none" else 1, noise, args.sample_steps, args.amp)
     images = images.reshape(len(chosen), k, *images.shape[1:])
     if rank == 0:
-        common.contact_sheet(args.out.with_suffix(".png"), [[data.images[c], None, *row] for c, row in zip(chosen, images)])
+        system.contact_sheet(args.out.with_suffix(".png"), [[data.images[c], None, *row] for c, row in zip(chosen, images)])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -203,18 +237,18 @@ def train(args, config, model, batches, loss_of, show=lambda ema, device, rank: 
     loss_of(net, **rows) -> the loss of each row, [b]. show(ema, device, rank), on all ranks: after saving, look at the weights.
     Adam with betas (0.9, 0.99) and eps 1e-12, and an average of the weights ([SD], appendix). SIGTERM saves and exits with 143.
     """
-    device, rank, world = common.start(args.device)
-    common.at_least_one(args, "batch", "accumulate", "steps", "log_every", "save_every", "sample_steps")
+    device, rank, world = system.start(args.device)
+    system.at_least_one(args, "batch", "accumulate", "steps", "log_every", "save_every", "sample_steps")
     if args.batch % (world * args.accumulate):
-        common.die(f"--batch {args.batch} does not divide into {world} processes x {args.accumulate} backward passes")
+        system.die(f"--batch {args.batch} does not divide into {world} processes x {args.accumulate} backward passes")
     if args.fsdp and not dist.is_initialized():
-        common.die("--fsdp shares the network out over processes; start it with torchrun --nproc-per-node=N")
+        system.die("--fsdp shares the network out over processes; start it with torchrun --nproc-per-node=N")
     if args.fsdp and args.compile:
-        common.die("--compile and --fsdp together are not supported; give one of them")
+        system.die("--compile and --fsdp together are not supported; give one of them")
     if args.out.exists():
-        step = check(args.out, common.read_checkpoint(args.out), config)
+        step = check(args.out, system.read_checkpoint(args.out), config)
         if step < args.steps:
-            common.die(f"{args.out} holds step {step} of {args.steps}; move it away to train the rest")
+            system.die(f"{args.out} holds step {step} of {args.steps}; move it away to train the rest")
         print(f"{args.out} is there already, {step} steps")
         return
     model.to(device)
@@ -232,7 +266,7 @@ def train(args, config, model, batches, loss_of, show=lambda ema, device, rank: 
     first = resume(args.out, config, model, ema, optimizer)
     log = args.out.with_suffix(".jsonl")
     if rank == 0:
-        with common.writing(log) as f:                                 # keep the lines up to the step we resume from
+        with system.writing(log) as f:                                 # keep the lines up to the step we resume from
             lines = log.read_text().splitlines(keepends=True) if first and log.exists() else []
             f.write("".join(line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= first).encode())
 
@@ -244,7 +278,7 @@ def train(args, config, model, batches, loss_of, show=lambda ema, device, rank: 
                                          multiprocessing_context="fork" if args.workers else None)
     stop, losses, bins, clock = [], [], torch.zeros(2, 5, device=device), time.perf_counter()
     before = signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
-    bar = common.progress(loader, rank, initial=first, total=args.steps, unit="step", desc=args.out.stem)
+    bar = system.progress(loader, rank, initial=first, total=args.steps, unit="step", desc=args.out.stem)
     for step, batch in enumerate(bar, first):
         batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
         for part in range(args.accumulate):
@@ -281,7 +315,7 @@ def train(args, config, model, batches, loss_of, show=lambda ema, device, rank: 
             dist.all_reduce(values)                                    # nan on one rank is nan on all, and all stop
         if not values.isfinite().all():
             bad = done + 1 - len(values) + saving + int(values.isfinite().logical_not().nonzero()[0])
-            common.die(f"{args.out}: loss or weights are not finite at step {min(bad, done)}; the last good checkpoint is as it "
+            system.die(f"{args.out}: loss or weights are not finite at step {min(bad, done)}; the last good checkpoint is as it "
                        "was. Lower --lr, or use --amp none; if it happens at once, look for nan in cls.npy and tokens.npy")
         speed = len(losses) // args.accumulate * args.batch / (time.perf_counter() - clock)
         mean, by_noise_level = (bins[0].sum() / bins[1].sum()).item(), (bins[0] / bins[1].clamp(min=1)).tolist()
@@ -293,7 +327,7 @@ def train(args, config, model, batches, loss_of, show=lambda ema, device, rank: 
                 with open(log, "a") as f:
                     f.write(json.dumps(row) + "\n")
             except OSError as e:
-                common.die(f"cannot write {log}: {e.strerror or e}; free some space and repeat the command")
+                system.die(f"cannot write {log}: {e.strerror or e}; free some space and repeat the command")
         if saving:
             save(args.out, done, config, model, ema, optimizer, args.fsdp)
             if done < args.steps and not stopping:
@@ -314,7 +348,7 @@ def train(args, config, model, batches, loss_of, show=lambda ema, device, rank: 
         else:
             os.replace(f"{args.out}.partial", args.out)
         print(f"wrote {args.out} and {log.name}")
-    common.wait()                                                      # OUT is there for all ranks
+    system.wait()                                                      # OUT is there for all ranks
     if stop:                                                           # too late to save anything more
         sys.exit(143)
 
@@ -335,7 +369,7 @@ def save(out, step, config, model, ema, optimizer, fsdp):
     state = state_of(model, ema, optimizer)
     if not fsdp:
         if rank == 0:
-            with common.writing(partial_file) as f:
+            with system.writing(partial_file) as f:
                 torch.save(state | dict(step=step, config=config), f)
             for older in slices.glob("*"):
                 remove(older)
@@ -345,19 +379,19 @@ def save(out, step, config, model, ema, optimizer, fsdp):
     if rank == 0:
         remove(unfinished)
         remove(whole)
-    common.wait()
+    system.wait()
     try:
         dcp.save(state, checkpoint_id=unfinished)
     except (OSError, dcp.api.CheckpointException) as e:
-        common.die(f"cannot write {unfinished}: {str(e).strip().splitlines()[-1]}")    # torch's has a traceback in its text
+        system.die(f"cannot write {unfinished}: {str(e).strip().splitlines()[-1]}")    # torch's has a traceback in its text
     if rank == 0:
-        with common.writing(unfinished / "step.json") as f:
+        with system.writing(unfinished / "step.json") as f:
             f.write(json.dumps(dict(step=step, config=config)).encode())
         os.rename(unfinished, whole)
         for other in (found for found in slices.iterdir() if found != whole):
             remove(other)
         partial_file.unlink(missing_ok=True)
-    common.wait()
+    system.wait()
 
 
 def remove(slices):
@@ -376,7 +410,7 @@ def check(path, state, config):
     """The step of a checkpoint; exits with one line if it was not trained with this config."""
     other = [key for key in config if config[key] != state["config"].get(key)]
     if other:
-        common.die(f"{path} was trained with another {', '.join(other)}; give another --out or delete it")
+        system.die(f"{path} was trained with another {', '.join(other)}; give another --out or delete it")
     return state["step"]
 
 
@@ -386,7 +420,7 @@ def resume(out, config, model, ema, optimizer):
     found = next((path for path in (slices, unfinished) if path and path.exists()), None)
     if found is None:
         return 0
-    state = common.read_json(slices / "step.json", "training.py") if found == slices else common.read_checkpoint(found)
+    state = system.read_json(slices / "step.json", "training.py") if found == slices else system.read_checkpoint(found)
     check(found, state, config)
     if found == slices:
         state |= state_of(model, ema, optimizer)
@@ -399,8 +433,8 @@ def resume(out, config, model, ema, optimizer):
 
 def export(slices, out):
     """OUT.sharded/STEP, as save() wrote it with any number of processes -> one plain .pt as without --fsdp."""
-    about, merged = common.read_json(slices / "step.json", "training.py --fsdp"), slices / "merged.tmp"
-    with common.writing(out) as f:
+    about, merged = system.read_json(slices / "step.json", "training.py --fsdp"), slices / "merged.tmp"
+    with system.writing(out) as f:
         dcp_to_torch_save(slices, merged)
         torch.save(torch.load(merged, mmap=True, weights_only=True) | about, f)
     merged.unlink()

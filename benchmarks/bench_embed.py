@@ -25,6 +25,7 @@ from bench_train import seconds
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
+import system  # noqa: E402
 
 PRESET, ENCODER, BATCH = "digits16", "efficientnet_lite0", 16
 TARGET = 0.9
@@ -65,7 +66,7 @@ def main():
     args = report.parse(p, "bench_embed")
     if args.small[0] >= args.small[1] or args.jpegs[0] >= args.jpegs[1]:
         p.error("few must be fewer than many")
-    device, _, _ = common.start(args.device)
+    device, _, _ = system.start(args.device)
     preset, rng = common.PRESETS[PRESET], np.random.default_rng(0)
     size = preset["size"]
     encode = importlib.import_module("01_embed").ENCODERS[ENCODER](preset["encoder_px"], device)

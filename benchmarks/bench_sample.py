@@ -21,6 +21,7 @@ from bench_train import seconds
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common  # noqa: E402
+import system  # noqa: E402
 
 TARGET = 0.97
 
@@ -57,7 +58,7 @@ def main():
     p.add_argument("--guidance", type=float, nargs="+", default=[0, 1])
     p.add_argument("--rounds", type=int, default=5)
     args = report.parse(p, "bench_sample")
-    device, _, _ = common.start(args.device)
+    device, _, _ = system.start(args.device)
     preset, steps = common.PRESETS[args.preset], args.sample_steps
     network = dict(size=preset["size"], patch=preset["patch"], channels=preset["channels"], blocks=preset["blocks"], cond="both",
                    cls_dim=1280, token_shape=(16, 320))

@@ -88,14 +88,15 @@ def make(name, preset):
 def shapes(args):
     """The preset, and of the embeddings of --data (else of EfficientNet-Lite0 at 128 px) cls_dim and token_shape."""
     import common
+    import system
     if args.preset not in common.PRESETS:
-        common.die(f"--preset {args.preset} is not one of {', '.join(common.PRESETS)}")
+        system.die(f"--preset {args.preset} is not one of {', '.join(common.PRESETS)}")
     preset = common.PRESETS[args.preset]
     if not args.data:
         return dict(preset, cls_dim=1280, token_shape=(16, 320))
-    data = common.Data(args.data)
+    data = system.Data(args.data)
     if data.images.shape[1] != preset["size"]:
-        common.die(f"{args.data} has images of {data.images.shape[1]} px, preset {args.preset} wants {preset['size']}")
+        system.die(f"{args.data} has images of {data.images.shape[1]} px, preset {args.preset} wants {preset['size']}")
     return dict(preset, cls_dim=data.cls.shape[1], token_shape=data.tokens.shape[1:])
 
 
@@ -104,10 +105,10 @@ def batch_of(args, preset):
     import numpy as np
     import torch
 
-    import common
+    import system
     rng = np.random.default_rng(0)
     if args.data:
-        data = common.Data(args.data)
+        data = system.Data(args.data)
         rows = rng.integers(len(data.images), size=args.batch)
         x, cls, tokens = data.images[rows], data.cls[rows], data.tokens[rows]
     else:
@@ -176,8 +177,8 @@ def memory(name, args):
     """In a process of its own: {peak_mib, added_mib} of three steps, or {} if the package is not there."""
     import torch
 
-    import common
-    common.start(args.device)
+    import system
+    system.start(args.device)
     preset = shapes(args)
     try:
         make(name, preset)
@@ -226,8 +227,8 @@ def main():
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    import common
-    common.start(args.device)
+    import system
+    system.start(args.device)
     preset, steps, rows = shapes(args), {}, {}
     for name in args.networks:
         rows[name] = dict(network=NETWORKS[name], **held[name])

@@ -16,7 +16,7 @@ import torch
 import report
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import common  # noqa: E402
+import system  # noqa: E402
 
 metrics = importlib.import_module("06_fewshot_metrics")
 METRICS = {"fid": ".1f", "kid": ".4f", "precision": ".3f", "recall": ".3f"}
@@ -37,10 +37,10 @@ def main():
     args = report.parse(p, "sample_size")
     if min(args.images) <= metrics.NEIGHBOURS or args.repeats < 1:
         p.error(f"--images above {metrics.NEIGHBOURS}, --repeats above 0")
-    data = common.Data(args.data)
+    data = system.Data(args.data)
     sets, train = metrics.references(data, data.conditions())
     if "unseen" not in sets or min(len(train), len(sets["unseen"])) < max(min(args.images), metrics.NEIGHBOURS + 1):
-        common.die(f"{args.data} holds out too few images to compare its training images with")
+        system.die(f"{args.data} holds out too few images to compare its training images with")
     rng, real = np.random.default_rng(args.seed), sets["unseen"]
     everything, rows = metrics.statistics(data.cls[real]), []
     for n in (n for n in args.images if n <= len(train)):

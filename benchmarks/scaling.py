@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import common  # noqa: E402
+import system  # noqa: E402
 
 PRESETS, PAPERS = ["emoji64", "semantica64", "semantica256"], ["semantica64", "semantica256"]
 GiB = 2 ** 30
@@ -394,7 +395,7 @@ def fill(page, tables):
         before, start, rest = page.partition(f"<!-- {name} -->\n")
         _, end, after = rest.partition("<!-- end -->")
         if not end:
-            common.die(f"the page has no place for the table {name}; mark it by lines <!-- {name} --> and <!-- end -->")
+            system.die(f"the page has no place for the table {name}; mark it by lines <!-- {name} --> and <!-- end -->")
         page = f"{before}{start}{text}\n{end}{after}"
     return page
 
@@ -410,7 +411,7 @@ def main():
     tables = make_tables(args)
     if args.write:
         page = fill(args.write.read_text(), tables)
-        with common.writing(args.write) as f:
+        with system.writing(args.write) as f:
             f.write(page.encode())
         print(f"wrote {args.write}")
     else:

@@ -9,7 +9,7 @@ import json  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
-import common  # noqa: E402
+import system  # noqa: E402
 import training  # noqa: E402
 
 
@@ -36,7 +36,7 @@ def train_args(tiny_data):
     """train_args("--steps", "6", ...): the arguments of a training script run on tiny_data with a small network."""
     def make(*flags):
         p = training.training_parser("")
-        args = common.parse(p, ["--data", str(tiny_data), "--device", "cpu", "--batch", "4", *flags])
+        args = system.parse(p, ["--data", str(tiny_data), "--device", "cpu", "--batch", "4", *flags])
         args.channels, args.blocks, args.sample_steps = (16, 32), (1, 1), 2
         args.out = args.out or tiny_data / "model.pt"
         return args

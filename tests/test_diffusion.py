@@ -1,5 +1,6 @@
 """Identities of the diffusion code in common.py: schedule, loss, sampler, guidance, seeding."""
 import math
+from functools import partial
 
 import common
 import numpy as np
@@ -59,7 +60,8 @@ def test_sampler_with_an_oracle_recovers_the_image():
         return (alpha * z - x) / sigma
 
     z = torch.randn_like(x)
-    recovered = common.ddpm_sample(oracle, z, lambda: torch.randn_like(z), 10, schedule, interpolation=0)
+    recovered = common.sampling_loop(oracle, z, lambda: torch.randn_like(z), 10, schedule,
+                                     partial(common.ddpm_step, interpolation=0))
     torch.testing.assert_close(recovered, x)
 
 
@@ -74,7 +76,7 @@ def test_sampler_on_a_gaussian():
         return (alpha * z - x_hat) / sigma
 
     z = torch.randn(64, 3, 32, 32, dtype=torch.float64)
-    x = common.ddpm_sample(denoise, z, lambda: torch.randn_like(z), steps, schedule, clip=False)
+    x = common.sampling_loop(denoise, z, lambda: torch.randn_like(z), steps, schedule, clip=False)
 
     mean, var = 0.0, 1.0                                               # a second computation, scalar by scalar
     logsnrs = schedule(torch.linspace(1, 0, steps + 1)).tolist()
@@ -99,11 +101,134 @@ def test_sampler_on_a_gaussian():
 def test_interpolation_gives_the_two_posterior_variances(interpolation):
     one = torch.ones(1, 1, 1, 1, dtype=torch.float64)
     still = lambda z, logsnr: torch.zeros_like(z)  # noqa: E731        # v = 0, so the last x_hat is alpha_s z_s
-    run = [common.ddpm_sample(still, one, lambda k=k: k * one, 2, schedule, interpolation, clip=False).item() for k in (0, 1)]
+    step = partial(common.ddpm_step, interpolation=interpolation)
+    run = [common.sampling_loop(still, one, lambda k=k: k * one, 2, schedule, step, clip=False).item() for k in (0, 1)]
     logsnr_t, logsnr_s = schedule(torch.tensor([1.0, 0.5])).tolist()
     alpha_s2, sigma_s2, sigma_t2 = 1 / (1 + math.exp(-logsnr_s)), 1 / (1 + math.exp(logsnr_s)), 1 / (1 + math.exp(logsnr_t))
     variance = ((run[1] - run[0]) ** 2) / alpha_s2
     assert variance == pytest.approx((sigma_t2 if interpolation else sigma_s2) * (1 - math.exp(logsnr_t - logsnr_s)))
+
+
+def gaussian(mean, std):
+    """The exact denoiser (z, logsnr) -> v of pixels from N(mean, std^2), and where the noise-free path from z at t = 1 goes."""
+    def denoise(z, logsnr):
+        alpha, sigma = common.alpha_sigma(logsnr)
+        x_hat = mean + alpha * std**2 / (alpha**2 * std**2 + sigma**2) * (z - alpha * mean)
+        return (alpha * z - x_hat) / sigma
+
+    def path(z, start, logsnr):                                        # (z - alpha m) / sqrt(alpha^2 s^2 + sigma^2) stays
+        (alpha, sigma), (a, b) = common.alpha_sigma(logsnr), common.alpha_sigma(start)
+        return alpha * mean + (z - a * mean) * ((alpha**2 * std**2 + sigma**2) / (a**2 * std**2 + b**2)).sqrt()
+    return denoise, path
+
+
+@pytest.mark.parametrize("sampler, order", [("ddim", 1), ("dpm++", 2)])
+def test_samplers_without_noise_follow_the_closed_form_path(sampler, order):
+    """Of a Gaussian: the error falls like 1 / steps^order; DPM-Solver++'s first step is DDIM's."""
+    denoise, path = gaussian(0.3, 0.5)
+    z, ends = torch.tensor([-1.5, 0.2, 2.0], dtype=torch.float64)[:, None, None, None], lambda t: 6 - 12 * t.double()
+
+    def error(steps):
+        seen = []
+
+        def record(z, logsnr):
+            seen.append((z, logsnr[:1]))
+            return denoise(z, logsnr)
+        common.sampling_loop(record, z, None, steps, ends, common.SAMPLERS[sampler], clip=False)
+        return max((z_t - path(z, seen[0][1], logsnr)).abs().max().item() for z_t, logsnr in seen)
+
+    coarse, fine = error(64), error(128)
+    assert fine < 0.02 and coarse / fine == pytest.approx(2**order, rel=0.15)
+    step = partial(common.SAMPLERS[sampler], z, 0.5 * z, torch.tensor([-1.0]), torch.tensor([1.0]), None)
+    torch.testing.assert_close(step(), common.ddim_step(z, 0.5 * z, torch.tensor([-1.0]), torch.tensor([1.0]), None))
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpm++"])
+def test_samplers_equal_those_of_diffusers(sampler):
+    diffusers, n = pytest.importorskip("diffusers", reason="requirements-dev.txt is not installed"), 12
+    grid = schedule(torch.linspace(0.03, 0.97, n + 1))                 # logsnr of diffusers' time steps 0, 1, ..., n
+    kept = torch.sigmoid(grid)                                         # alpha^2
+    betas = 1 - kept / torch.cat([torch.ones(1, dtype=kept.dtype), kept[:-1]])
+    common_flags = dict(num_train_timesteps=n + 1, trained_betas=betas.numpy(), prediction_type="v_prediction")
+    if sampler == "ddim":
+        theirs = diffusers.DDIMScheduler(**common_flags, clip_sample=False, timestep_spacing="linspace", set_alpha_to_one=True)
+        theirs.set_timesteps(n + 1)
+        grid = torch.cat([grid[:1] + 1, grid])                         # it steps from 0 too; where to, x_hat does not care
+    else:
+        theirs = diffusers.DPMSolverMultistepScheduler(**common_flags, lower_order_final=False)
+        theirs.set_timesteps(n)
+    net = lambda z, logsnr: torch.sin(3 * z + logsnr[:, None, None, None])  # noqa: E731
+    torch.manual_seed(0)
+    z = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    steps = len(grid) - 1
+    ours = common.sampling_loop(net, z, None, steps, lambda t: grid[(t * steps).round().long()], common.SAMPLERS[sampler], False)
+    for t in theirs.timesteps:
+        logsnr = grid[t + (sampler == "ddim")].expand(2)
+        z = theirs.step(net(z, logsnr), t, z).prev_sample
+    torch.testing.assert_close(ours, z, atol=1e-4, rtol=1e-4)          # they keep their schedule in float32
+
+
+def test_time_is_the_inverse_of_the_schedule():
+    t = torch.linspace(0, 1, 11, dtype=torch.float64)
+    torch.testing.assert_close(common.time_of(common.logsnr_schedule(t, 64, 32), 64, 32), t)
+
+
+def test_guidance_in_an_interval():
+    model = random_unet("both")
+    z, logsnr, condition = inputs()
+    plain, guided = (common.guide(model, w, **condition)(z, logsnr) for w in (0, 2))
+    level = logsnr[0].item()
+    for interval, expected in (((level, level + 1), guided), ((level - 1, level), plain), ((level + 0.1, level + 1), plain)):
+        assert torch.equal(common.guide(model, 2, interval=interval, **condition)(z, logsnr), expected)
+
+
+def test_damping_keeps_the_shared_direction():
+    """eps of the null on the first singular vector; equal predictions are left as they are."""
+    torch.manual_seed(0)
+    z, v_cond, v_null = torch.randn(3, 2, 3, 4, 4, dtype=torch.float64)
+    logsnr = torch.tensor([-1.0, 2.0], dtype=torch.float64)
+    alpha, sigma = common.alpha_sigma(logsnr)
+    found = (sigma * z + alpha * common.damp(v_cond, v_null, z, logsnr)).flatten(1)
+    for cond, null, damped in zip((sigma * z + alpha * v_cond).flatten(1), (sigma * z + alpha * v_null).flatten(1), found):
+        first = torch.linalg.svd(torch.stack([null, cond]), full_matrices=False).Vh[0]
+        torch.testing.assert_close(damped, (null @ first) * first)
+    torch.testing.assert_close(common.damp(v_cond, v_cond, z, logsnr), v_cond)
+
+
+def test_condition_annealing():
+    """Nothing below `low`; above it other values with the mean and s.d. of each row; `mix` = 0 leaves the plain noisy ones."""
+    model, (z, _, condition) = random_unet("both"), inputs()
+    model.cls_norm.fit(np.random.default_rng(0).normal(2, 3, (50, 5)))
+    config = dict(network=dict(size=64), noise_size=32)
+    at = lambda t: common.logsnr_schedule(torch.tensor([t]), 64, 32)  # noqa: E731
+    noise = lambda y: torch.sin(torch.arange(y.numel()).float()).view_as(y)  # noqa: E731
+    anneal = partial(common.cads, model, config, noise)
+    assert anneal(1.0)(condition, at(0.5)) is condition
+    given = condition | dict(similarity=torch.ones(len(z)))
+    noisy = anneal(0.5)(given, at(0.8))
+    assert noisy["similarity"] is given["similarity"] and not torch.allclose(noisy["tokens"], given["tokens"].float())
+    plain, mixed = (anneal(0.5, mix=mix)(given, at(0.8))["cls"] for mix in (0, 1))
+    y, gamma = model.cls_norm(condition["cls"]), 1 / 3                 # (0.9 - 0.8) / (0.9 - 0.6)
+    expected = math.sqrt(gamma) * y + 0.5 * math.sqrt(1 - gamma) * noise(y)
+    torch.testing.assert_close(model.cls_norm(plain), expected, atol=1e-4, rtol=1e-4)
+    for moment in (torch.mean, torch.std):
+        torch.testing.assert_close(moment(model.cls_norm(mixed), 1), moment(y, 1), atol=1e-4, rtol=1e-4)
+
+
+def test_the_dial_is_one_more_condition():
+    """nan is no similarity, a dropped row has none either, and another similarity is another prediction."""
+    torch.manual_seed(0)
+    model = common.UViT(8, 1, (16, 32), (1, 2), "film", cls_dim=5, dial=True).eval().requires_grad_(False)
+    for p in model.parameters():
+        if not p.any():
+            p.normal_(0, 0.1)
+    z, logsnr, condition = inputs()
+    none, some, more = (model(z, logsnr, condition["cls"], similarity=torch.full((3,), s)) for s in (math.nan, 0.2, 0.9))
+    assert not torch.allclose(none, some) and not torch.allclose(some, more)
+    drop = torch.tensor([True, False, False])
+    dropped = [model(z, logsnr, condition["cls"], drop=drop, similarity=torch.full((3,), s)) for s in (math.nan, 0.9)]
+    torch.testing.assert_close(dropped[0][0], dropped[1][0])
+    torch.testing.assert_close(dropped[1][1:], more[1:])
 
 
 def test_guidance_zero_is_conditional_and_minus_one_unconditional():
@@ -163,7 +288,7 @@ def test_an_image_does_not_depend_on_its_batch():
         streams = [common.generator("cpu", 0, 5, j) for j in rows]
         noise = lambda: common.randn(streams, (3, 8, 8))  # noqa: E731
         own = {k: c[:len(rows)] for k, c in condition.items()}
-        return common.ddpm_sample(common.guide(model, 1, **own), noise(), noise, 5, lambda t: schedule(t).float())
+        return common.sampling_loop(common.guide(model, 1, **own), noise(), noise, 5, lambda t: schedule(t).float())
 
     whole = sample(range(6))
     torch.testing.assert_close(torch.cat([sample([0, 1, 2, 3]), sample([4, 5])]), whole, atol=1e-5, rtol=0)

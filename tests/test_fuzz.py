@@ -7,7 +7,7 @@ import resource
 import signal
 import sys
 
-import common
+import system
 import numpy as np
 import pytest
 import torch
@@ -187,7 +187,7 @@ def test_damaged_arrays_are_read_or_refused(tmp_path, capsys):
     read = 0
     for i in range(1500):
         path.write_bytes(headers(rng) if i % 3 == 0 else mutate(whole[rng.integers(3)], rng))
-        array = one_line(common.read_array, capsys, path)
+        array = one_line(system.read_array, capsys, path)
         if array is not None:
             read += 1
             assert array.nbytes <= path.stat().st_size and array.ndim > 0
@@ -199,7 +199,7 @@ def test_damaged_checkpoints_and_settings_are_read_or_refused(tmp_path, capsys):
     rng = np.random.default_rng(0)
     torch.save(dict(model=dict(w=torch.zeros(9)), ema=dict(w=torch.zeros(9)), step=3, config=dict(a=[1, 2])), tmp_path / "a.pt")
     (tmp_path / "a.json").write_text(json.dumps(dict(preset="digits16", encoder=dict(name="x", px=3))))
-    for name, read, n in (("a.pt", common.read_checkpoint, 200), ("a.json", common.read_json, 300)):
+    for name, read, n in (("a.pt", system.read_checkpoint, 200), ("a.json", system.read_json, 300)):
         whole = (tmp_path / name).read_bytes()
         for _ in range(n):
             (tmp_path / name).write_bytes(mutate(whole, rng))
@@ -207,4 +207,4 @@ def test_damaged_checkpoints_and_settings_are_read_or_refused(tmp_path, capsys):
             assert found is None or isinstance(found, dict)
     for text in ("[" * 100_000, "3", '"x"', "null"):
         (tmp_path / "a.json").write_text(text)
-        assert one_line(common.read_json, capsys, tmp_path / "a.json") is None
+        assert one_line(system.read_json, capsys, tmp_path / "a.json") is None

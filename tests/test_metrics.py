@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import common
+import system
 import numpy as np
 import pytest
 import scipy.linalg
@@ -287,7 +287,7 @@ def test_protocols(folder, monkeypatch, capsys):
     run("--protocol", "fullset")
     rows = json.loads((folder / "fullset" / "metrics.json").read_text())
     assert [(r["reference"], r["m"]) for r in rows] == 4 * [("held out", 24)]
-    data = common.Data(folder)
+    data = system.Data(folder)
     held_out, samples = data.cls[data.split == 1], np.load(folder / "fullset" / "a" / "cls.npy", allow_pickle=False)
     assert rows[-1]["model"] == "recon" and rows[-1]["fid"] == pytest.approx(fid(samples, held_out))
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import common
+import system
 import numpy as np
 import pytest
 import training
@@ -21,7 +21,7 @@ def folder(tiny_data, train_args):
     """tiny_data with a pairs.pt of three steps; its learning rate is high so that the condition matters already."""
     args = train_args("--steps", "3", "--lr", "0.02", "--out", str(tiny_data / "pairs.pt"))
     args.warmup = 1
-    training.train_images(args, common.Data(tiny_data), common.read_array(tiny_data / "pairs.npy"))
+    training.train_images(args, system.Data(tiny_data), system.read_array(tiny_data / "pairs.npy"))
     return tiny_data
 
 
@@ -47,7 +47,7 @@ def test_command_line_writes_samples_conditions_and_a_sheet(folder):
 def test_conditions_of_a_protocol(folder, monkeypatch, capsys):
     """per_page images of each page; a draw takes the next ones, of pages that have them; the full set takes all."""
     pages, split = np.array([0, 0, 0, 1, 1, 1, 2, 2], np.int32), np.array([1, 0, 1, 1, 1, 1, 0, 1], np.uint8)
-    data = common.Data(folder)
+    data = system.Data(folder)
     data.pages, data.split = pages, split
     assert data.conditions().tolist() == [0, 3, 7] and data.conditions(draw=1).tolist() == [2, 4]
     assert data.conditions(2).tolist() == [0, 2, 3, 4, 7] and data.conditions(2, 1).tolist() == [5]
@@ -62,7 +62,7 @@ def test_conditions_of_a_protocol(folder, monkeypatch, capsys):
     sampler.main()
     made = folder / "sun397-oneshot" / "pairs_w0"
     assert np.load(made / "samples.npy", allow_pickle=False).shape[:2] == (4, 25)
-    assert common.read_json(made / "samples.json")["protocol"] == "sun397-oneshot"
+    assert system.read_json(made / "samples.json")["protocol"] == "sun397-oneshot"
 
 
 def test_an_image_depends_on_seed_and_place_alone(folder, monkeypatch):
@@ -90,6 +90,29 @@ def test_guidance_changes_the_samples_and_beside_widens_the_sheet(folder, monkey
     guided = sample(monkeypatch, folder, "w3", "--guidance", "3", "--beside", folder / "w0")
     assert not np.array_equal(plain, guided)
     assert Image.open(folder / "w3" / "sheet.png").size[0] > Image.open(folder / "w0" / "sheet.png").size[0]
+
+
+def test_beyond_the_papers(folder, train_args, monkeypatch, capsys):
+    """Each option changes the samples and is written down; a dial takes similarities in turn; a model without one says so."""
+    plain = sample(monkeypatch, folder, "plain")
+    for out, flags in (("ddim", ["--sampler", "ddim"]), ("dpm", ["--sampler", "dpm++"]), ("tcfg", ["--tcfg"]),
+                       ("cads", ["--cads", "0.5"]), ("band", ["--guidance-interval", "-2", "2"])):
+        assert not np.array_equal(plain, sample(monkeypatch, folder, out, *flags)), out
+    assert settings(folder / "band")["variant"] == "-2to2" and settings(folder / "plain")["variant"] == ""
+    with pytest.raises(SystemExit) as stop:
+        sample(monkeypatch, folder, "none", "--similarity", "0.5")
+    assert stop.value.code == 2 and "dial" in capsys.readouterr().err
+    flags = "--device cpu --dial --steps 2 --batch 4 --channels 16 32 --blocks 1 1 --lr 0.02 --sample-steps 2"
+    subprocess.run([sys.executable, ROOT / "04_train_pairs.py", "--data", folder, *flags.split()], check=True)
+    dial = ["--checkpoint", folder / "dial.pt", "--guidance", "0", "--similarity"]
+    both = sample(monkeypatch, folder, "both", *dial, "1", "0.5")
+    one = sample(monkeypatch, folder, "one", *dial, "1")
+    assert np.array_equal(both[:, ::2], one[:, ::2]) and not np.array_equal(both[:, 1], one[:, 1])
+    assert settings(folder / "both")["similarity"] == [1, 0.5]
+
+
+def settings(out):
+    return system.read_json(out / "samples.json")
 
 
 def test_embeddings_of_another_encoder_are_refused(folder, monkeypatch, capsys):

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import common
+import system
 import numpy as np
 import pytest
 import torch
@@ -17,9 +18,9 @@ ROOT = Path(__file__).parents[1]
 
 
 def run(args, pairs=None):
-    data = common.Data(args.data)
-    training.train_images(args, data, common.read_array(args.data / "pairs.npy") if pairs is None else pairs)
-    return common.read_checkpoint(args.out)
+    data = system.Data(args.data)
+    training.train_images(args, data, system.read_array(args.data / "pairs.npy") if pairs is None else pairs)
+    return system.read_checkpoint(args.out)
 
 
 def assert_same(a, b):
@@ -34,7 +35,7 @@ def assert_same(a, b):
 
 def test_ranks_split_the_global_batch(train_args):
     args = train_args()
-    data, pairs = common.Data(args.data), common.read_array(args.data / "pairs.npy")
+    data, pairs = system.Data(args.data), system.read_array(args.data / "pairs.npy")
     whole = training.PairBatches(args, data, pairs, 0, 1)[7]
     parts = [training.PairBatches(args, data, pairs, rank, 2)[7] for rank in (0, 1)]
     for key in whole:
@@ -45,7 +46,7 @@ def test_ranks_split_the_global_batch(train_args):
 
 def test_times_are_stratified_and_conditions_dropped_at_the_given_rate(train_args):
     args = train_args("--batch", "500")
-    batch = training.PairBatches(args, common.Data(args.data), common.read_array(args.data / "pairs.npy"), 0, 1)[0]
+    batch = training.PairBatches(args, system.Data(args.data), system.read_array(args.data / "pairs.npy"), 0, 1)[0]
     assert torch.equal((batch["t"] * 500).long(), torch.arange(500))          # one t in each of 500 strata
     assert 0.05 < batch["drop"].float().mean() < 0.15
 
@@ -53,7 +54,7 @@ def test_times_are_stratified_and_conditions_dropped_at_the_given_rate(train_arg
 def test_reconstruction_and_pairs_read_the_right_images(train_args):
     """With (i, i) pairs condition and target are one image; with page pairs they are two images of one page, never held out."""
     args = train_args("--batch", "64", "--cond", "film")
-    data, pairs = common.Data(args.data), common.read_array(args.data / "pairs.npy")
+    data, pairs = system.Data(args.data), system.read_array(args.data / "pairs.npy")
     for chosen, same in ((np.stack([np.arange(20)] * 2, 1), True), (pairs, False)):
         batch = training.PairBatches(args, data, chosen, 0, 1)[0]
         condition = [int((data.cls == c.numpy()).all(1).nonzero()[0][0]) for c in batch["cls"]]
@@ -61,6 +62,25 @@ def test_reconstruction_and_pairs_read_the_right_images(train_args):
         assert all((c == t) == same and data.pages[c] == data.pages[t] for c, t in zip(condition, target))
         if not same:
             assert data.split[condition].max() == 0 and data.split[target].max() == 0
+
+
+def test_a_dial_trains_on_all_pairs_of_a_page_and_their_similarity(train_args):
+    """Every (i, j) of a page once, i = j too; the cosine of the two as a condition, dropped at the same rate on its own."""
+    args = train_args("--batch", "2000")
+    data = system.Data(args.data)
+    everything = training.AllPairs(data.pages, np.flatnonzero(data.split == 0))
+    found = everything[np.arange(len(everything))]
+    assert sorted(map(tuple, found.tolist())) == [(i, j) for i in range(20) for j in range(20)
+                                                  if i // 5 == j // 5 and i % 5 < 4 and j % 5 < 4]
+    batch = training.PairBatches(args, data, everything, 0, 1)[3]
+    one = np.random.default_rng([args.seed, 3]).integers(len(everything), size=2000)
+    a, b = (data.cls[i] / np.linalg.norm(data.cls[i], axis=1, keepdims=True) for i in everything[one].T)
+    dropped = batch["similarity"].isnan()
+    np.testing.assert_allclose(batch["similarity"][~dropped], (a * b).sum(1)[~dropped], atol=1e-6)
+    assert dropped.float().mean() == pytest.approx(0.1, abs=0.03)
+    assert (dropped & batch["drop"]).float().mean() == pytest.approx(0.01, abs=0.01)
+    plain = training.PairBatches(args, data, found, 0, 1)[3]           # without a dial the batch is what it was
+    assert "similarity" not in plain and all(torch.equal(plain[key], batch[key]) for key in plain)
 
 
 def test_one_in_float32_is_still_a_noise_level(train_args):
@@ -86,7 +106,7 @@ def test_learning_rate_warms_up_and_decays(train_args):
 def test_training_reduces_the_loss_and_logs_it(train_args):
     args = train_args("--steps", "60", "--log-every", "10", "--lr", "5e-3", "--batch", "16")
     args.warmup = 5
-    data = common.Data(args.data)
+    data = system.Data(args.data)
     one = np.zeros((1, 2), np.int64)                                          # one image: easy to learn by heart
     training.train_images(args, data, one)
     log = [json.loads(line) for line in args.out.with_suffix(".jsonl").read_text().splitlines()]
@@ -107,7 +127,7 @@ def test_resume_equals_the_uninterrupted_run(train_args, monkeypatch):
         patch.setattr(training, "learning_rate", crash)
         with pytest.raises(KeyboardInterrupt):
             run(args)
-    assert common.read_checkpoint(f"{args.out}.partial")["step"] == 3 and not args.out.exists()
+    assert system.read_checkpoint(f"{args.out}.partial")["step"] == 3 and not args.out.exists()
     assert_same(run(args), whole)
     log = [json.loads(line)["step"] for line in args.out.with_suffix(".jsonl").read_text().splitlines()]
     assert log == sorted(set(log)) and log[-1] == 7
@@ -135,7 +155,7 @@ def test_a_non_finite_loss_stops_and_keeps_the_last_checkpoint(train_args, capsy
         common.diffusion_loss = true_loss
     message = capsys.readouterr().err
     assert stop.value.code == 2 and "not finite at step 5" in message and "--lr" in message
-    assert common.read_checkpoint(f"{args.out}.partial")["step"] == 4
+    assert system.read_checkpoint(f"{args.out}.partial")["step"] == 4
 
 
 def test_other_settings_do_not_continue_a_checkpoint(train_args, capsys):
@@ -164,10 +184,10 @@ def test_sigterm_and_kill_then_the_same_command_finishes(tiny_data):
         assert not (tiny_data / "pairs.pt").exists()
     subprocess.run(command, cwd=ROOT, env=env, check=True)
     assert uninterrupted.wait() == 0
-    assert_same(common.read_checkpoint(tiny_data / "pairs.pt"), common.read_checkpoint(whole))
+    assert_same(system.read_checkpoint(tiny_data / "pairs.pt"), system.read_checkpoint(whole))
     subprocess.run([sys.executable, ROOT / "03_train_recon.py", "--data", tiny_data, "--steps", "1", "--batch", "2",
                     "--sample-steps", "1"], cwd=ROOT, check=True)
-    assert common.read_checkpoint(tiny_data / "recon.pt")["step"] == 1
+    assert system.read_checkpoint(tiny_data / "recon.pt")["step"] == 1
 
 
 @pytest.mark.parametrize("cond", ["both", "film"])
@@ -180,7 +200,7 @@ def test_two_processes_train_as_one(tiny_data, cond):
     subprocess.run([sys.executable, *command, "--out", one], check=True, cwd=ROOT, env=env)
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517", *command,
                     "--accumulate", "2", "--out", two], check=True, cwd=ROOT, env=env)
-    one, two = common.read_checkpoint(one), common.read_checkpoint(two)
+    one, two = system.read_checkpoint(one), system.read_checkpoint(two)
     for name in one["model"]:
         torch.testing.assert_close(one["model"][name], two["model"][name], atol=1e-5, rtol=1e-4)
 
@@ -217,8 +237,8 @@ def test_bad_files_are_one_line_and_exit_code_2(tiny_data, bad, capsys):
     with pytest.raises(SystemExit) as stop:
         if bad == "checkpoint":
             torch.save([1, 2], tiny_data / "x.pt")
-            common.read_checkpoint(tiny_data / "x.pt")
-        common.Data(tiny_data)
+            system.read_checkpoint(tiny_data / "x.pt")
+        system.Data(tiny_data)
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
     assert ("x.pt" if bad == "checkpoint" else "cls.npy") in error
@@ -228,15 +248,15 @@ def test_writing_is_all_or_nothing(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("old")
     with pytest.raises(RuntimeError):
-        with common.writing(path) as f:
+        with system.writing(path) as f:
             f.write(b"half")
             raise RuntimeError
     assert path.read_text() == "old"
-    with common.writing(path) as f:
+    with system.writing(path) as f:
         f.write(b"new")
     assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
     with pytest.raises(SystemExit):
-        with common.writing("/proc/no/such/folder/a"):
+        with system.writing("/proc/no/such/folder/a"):
             pass
 
 
@@ -270,11 +290,11 @@ def test_sharded_training_and_resuming_on_another_number_of_processes(tiny_data,
     slices = Path(f"{cut}.sharded/00000002")
     assert not cut.exists() and training.newest_slices(cut) == slices
     training.export(slices, tiny_data / "early.pt")
-    early = common.read_checkpoint(tiny_data / "early.pt")
+    early = system.read_checkpoint(tiny_data / "early.pt")
     assert early["step"] == 2
     assert train(cut, 0) == 0                                                            # two ranks' slices, one plain process
     assert not slices.parent.exists() and not Path(f"{cut}.partial").exists()
-    whole, sharded, cut = (common.read_checkpoint(path) for path in (whole, sharded, cut))
+    whole, sharded, cut = (system.read_checkpoint(path) for path in (whole, sharded, cut))
     for other in (sharded, cut):
         assert other["config"] == whole["config"] and other["step"] == 4
         assert other["optimizer"]["state"].keys() == whole["optimizer"]["state"].keys()

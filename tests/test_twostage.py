@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import common
+import system
 import numpy as np
 import pytest
 import torch
@@ -34,7 +35,7 @@ def mixture(tmp_path):
     cls = (MEANS[label] + 0.3 * rng.normal(size=(n, 4))).astype(np.float32)
     split = (np.arange(n) >= 1800).astype(np.uint8)
     cls[split == 1] += 100
-    args = common.parse(training.training_parser("", cond=False), ["--device", "cpu", "--out", str(tmp_path), "--ema", "0.98"])
+    args = system.parse(training.training_parser("", cond=False), ["--device", "cpu", "--out", str(tmp_path), "--ema", "0.98"])
     vars(args).update(prior_width=64, prior_steps=200, prior_lr=3e-3, prior_batch=96, prior_weight_decay=0.0, warmup=20)
     return args, SimpleNamespace(cls=cls, split=split, folder=tmp_path, meta=dict(encoder="none")), label
 
@@ -82,7 +83,7 @@ def test_resume_equals_the_uninterrupted_run(mixture, monkeypatch, capsys):
         patch.setattr(training, "learning_rate", crash)
         with pytest.raises(KeyboardInterrupt):
             twostage.train_prior(args, data, label, 3)
-    assert common.read_checkpoint(args.out / "prior.pt.partial")["step"] == 3 and not (args.out / "prior.pt").exists()
+    assert system.read_checkpoint(args.out / "prior.pt.partial")["step"] == 3 and not (args.out / "prior.pt").exists()
     resumed, _ = twostage.train_prior(args, data, label, 3)
     again, _ = twostage.train_prior(args, data, label, 3)                              # from prior.pt
     for a, b, c in zip(*(net.state_dict().values() for net in (whole, resumed, again))):
@@ -200,9 +201,9 @@ def test_command_line(tiny_data, monkeypatch):
     env, out = {**os.environ, "OMP_NUM_THREADS": "1"}, tiny_data / "twostage"
     command = [sys.executable, ROOT / "07_twostage.py", "--data", tiny_data, *FLAGS]
     subprocess.run(command, cwd=ROOT, env=env, check=True)
-    data = common.Data(tiny_data)
+    data = system.Data(tiny_data)
     for row in ROWS:
-        samples = common.read_array(out / row / "samples.npy", np.uint8, 5, 9)
+        samples = system.read_array(out / row / "samples.npy", np.uint8, 5, 9)
         assert samples.shape == (9, 1, 16, 16, 3) and not (out / row / "conditions.npy").exists()
         about = json.loads((out / row / "samples.json").read_text())
         assert about["model"] == row and about["seed"] == 0 and about["ms_image"] > 0 and 0 <= about["prior_share"] < 1
@@ -213,7 +214,7 @@ def test_command_line(tiny_data, monkeypatch):
             source = (y[:, None] == data.cls).all(2)                                     # [9, N]
             assert source[:, data.split == 0].sum() == 9 and source[:, data.split == 1].sum() == 0
     own = np.repeat(np.flatnonzero(data.split == 0), 2)                # (i, i) for every training image, and no other
-    assert common.read_checkpoint(out / "film_2.pt")["config"]["pairs"] == zlib.crc32(own)
+    assert system.read_checkpoint(out / "film_2.pt")["config"]["pairs"] == zlib.crc32(own)
     assert {path.name for path in out.glob("*.pt")} == {"none_2.pt", "film_2.pt", "kmeans3_2.pt", "prior.pt"}
     assert not list(out.rglob("*.tmp")) and not list(out.glob("*.partial"))
 
@@ -258,13 +259,13 @@ def test_command_line_with_labels(tiny_data, monkeypatch, capsys):
     monkeypatch.setitem(common.PRESETS, "digits16", dict(common.PRESETS["digits16"], channels=(16, 32), blocks=(1, 1)))
     monkeypatch.setattr(sys, "argv", ["07", "--data", str(tiny_data), *FLAGS, "--label", "page"])
     twostage.main()
-    data, out = common.Data(tiny_data), tiny_data / "twostage_page"
+    data, out = system.Data(tiny_data), tiny_data / "twostage_page"
     drawn = twostage.draw_conditions(data.split, 9, 0)
     for row, d in zip(ROWS, (0, 6, 6, 6, 6)):
         y = np.load(out / row / "y.npy", allow_pickle=False)
         np.testing.assert_array_equal(y[:, d:], np.eye(4, dtype=np.float32)[data.pages[drawn]])              # the page, one-hot
-    assert common.read_checkpoint(out / "prior.pt")["config"]["network"]["labels"] == 4
-    assert common.read_checkpoint(out / "none_2.pt")["config"]["network"]["cond"] == "film"
+    assert system.read_checkpoint(out / "prior.pt")["config"]["network"]["labels"] == 4
+    assert system.read_checkpoint(out / "none_2.pt")["config"]["network"]["cond"] == "film"
 
 
 
