@@ -122,16 +122,16 @@ def main():
 
     def ratio(metric, other, n, d):
         ours, theirs = by.get((n, d, metric, "06")), by.get((n, d, metric, other))
-        return theirs["seconds"] / ours["seconds"] if ours and theirs else None
+        return theirs["cpu_seconds"] / ours["cpu_seconds"] if ours and theirs else None
 
     ratios = []
     for n, d in itertools.product(args.images, args.features):
         if "fid" in args.metrics and n < d:
-            what = f"FID, {n:,} images, d = {d}: speed of 06 : torch-fidelity"
+            what = f"FID, {n:,} images, d = {d}: CPU time, torch-fidelity : 06"
             ratios.append((what, ratio("fid", "torch-fidelity", n, d), 20, "x"))
         if "precision+recall" in args.metrics and n == 10_000:
             what, ours = f"precision and recall, {n:,} images, d = {d}: ", by.get((n, d, "precision+recall", "06"))
-            ratios.append((what + "speed of 06 : prdc", ratio("precision+recall", "prdc", n, d), 5, "x"))
+            ratios.append((what + "CPU time, prdc : 06", ratio("precision+recall", "prdc", n, d), 5, "x"))
             ratios.append((what + "1 GiB : peak memory of 06", ours and 1024 / ours["peak_mib"], 1, "x"))
     threads = {row["threads"] for row in rows if "threads" in row}
     header = ["n", "d", "metric", "package", "seconds (of 06)", "CPU s (of 06)", "peak MiB", "added MiB", "value"]
