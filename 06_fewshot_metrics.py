@@ -42,7 +42,7 @@ import common
 import system
 
 CHUNK, NEIGHBOURS = 1024, 3   # rows at a time; k of precision and recall
-SETTINGS = ("reference", "model", "guidance", "sample_steps")           # rows that agree in these are repetitions
+SETTINGS = ("reference", "model", "variant", "guidance", "similarity", "sample_steps")    # rows alike in these are repetitions
 REAL = "real (train)"                                                   # the row of training images scored as samples
 
 
@@ -166,6 +166,11 @@ def references(data, conditions, with_conditions=False):
     return sets, sets["seen"] if len(sets["seen"]) else np.flatnonzero(train)
 
 
+def name(row):
+    """The model of a row, and how it was sampled if not as in the paper."""
+    return f"{row['model']} {row.get('variant') or ''}".strip()
+
+
 def repetitions(rows):
     """[{key: mean}, {key: s.d.}] of each group of rows that differ only in seed, draw, checkpoint or folder, in order.
 
@@ -173,7 +178,7 @@ def repetitions(rows):
     """
     groups, found = {}, []
     for row in rows:
-        groups.setdefault(tuple(row.get(key) for key in SETTINGS), []).append(row)
+        groups.setdefault(str([row.get(key) for key in SETTINGS]), []).append(row)
     for group in groups.values():
         mean, spread = dict(group[0], repeats=len(group)), {}
         for key, value in group[0].items():
@@ -186,25 +191,26 @@ def repetitions(rows):
 
 
 def picture(path, rows):
-    """Save precision against recall: a panel a reference, a curve a model, points labelled with guidance w, bars of one s.d."""
+    """Save precision against recall: a panel a reference, a curve a model, points labelled w or similarity, bars of one s.d."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    names = list(dict.fromkeys(row["reference"] for row in rows))
-    figure, panels = plt.subplots(1, len(names), figsize=(5.5 * len(names), 5), layout="constrained", squeeze=False)
-    for axes, name in zip(panels[0], names):
+    sets = list(dict.fromkeys(row["reference"] for row in rows))
+    figure, panels = plt.subplots(1, len(sets), figsize=(5.5 * len(sets), 5), layout="constrained", squeeze=False)
+    for axes, reference in zip(panels[0], sets):
         curves = {}
         for row, spread in repetitions(rows):
-            if row["reference"] == name:
-                curves.setdefault(row["model"], []).append((row, spread))
+            if row["reference"] == reference:
+                curves.setdefault(name(row), []).append((row, spread))
         for model, curve in curves.items():
             recall, precision = ([row[key] for row, _ in curve] for key in ("recall", "precision"))
             bars = [[spread[key] or 0 for _, spread in curve] for key in ("recall", "precision")]
             axes.errorbar(recall, precision, bars[1], bars[0], "*k" if model == REAL else "o-", elinewidth=0.8, label=model)
             for row, _ in curve:
-                label = "" if row["guidance"] is None else f"{row['guidance']:g}"
+                point = row["guidance"] if row.get("similarity") is None else row["similarity"][0]
+                label = "" if point is None else f"{point:g}"
                 axes.annotate(label, (row["recall"], row["precision"]), xytext=(4, 4), textcoords="offset points")
-        axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="recall", ylabel="precision", title=f"against {name} images; w at the points")
+        axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="recall", ylabel="precision", title=f"against {reference} images")
         axes.legend(frameon=False)
     with system.writing(path) as f:
         figure.savefig(f, dpi=120, format="png")
@@ -216,8 +222,13 @@ def table(rows, caption):
                    precision=".3f", recall=".3f", copy=".3f")
     of_07 = dict(ms_image=".1f", prior_share=".0%")                    # rows of 07 say what an image costs
     columns |= {key: spec for key, spec in of_07.items() if any(key in row for row in rows)}
+    if len({row.get("sample_steps") for row in rows if row["model"] != REAL}) > 1:
+        columns["sample_steps"] = "d"
+    if any(row.get("similarity") for row in rows):
+        columns["similarity"] = ""
     groups, cells = repetitions(rows), []
     for mean, spread in groups:
+        mean = mean | dict(model=name(mean), similarity=str((mean.get("similarity") or "-")[0]))
         line = ["-" if mean.get(key) is None else format(mean[key], spec) for key, spec in columns.items()]
         cells.append([f"{cell} +- {spread[key]:{spec}}" if spread.get(key) and cell != "-" else cell
                       for cell, (key, spec) in zip(line, columns.items())])
@@ -227,7 +238,7 @@ def table(rows, caption):
     curves = {}
     for mean, _ in groups:
         if mean["guidance"] is not None:
-            curves.setdefault((mean["reference"], mean["model"]), []).append((mean["fid"], mean["guidance"]))
+            curves.setdefault((mean["reference"], name(mean)), []).append((mean["fid"], mean["guidance"]))
     best = [f"{model} at w = {min(curve)[1]:g}" + f" ({reference})" * (reference != rows[0]["reference"])
             for (reference, model), curve in curves.items() if len(curve) > 1]
     return lines + [f"best fid: {', '.join(best)}"] * bool(best) + [caption]
@@ -294,25 +305,26 @@ def main():
     if not real:
         system.die(f"{data.folder} has too few images besides its {len(conditions)} conditioning ones to compare with")
 
-    rows, name = [], "{name}, {px} px".format_map({"px": "?", **encoder(args.data)})
+    rows, features_of = [], "{name}, {px} px".format_map({"px": "?", **encoder(args.data)})
     train = np.random.default_rng(0).permutation(train)[:max(len(features) for _, features, *_ in samples)]
     first = next(iter(real))                                           # the unseen images, or all held out
     if first != "all" and len(train) > NEIGHBOURS:
-        rows.append(dict(reference=first, model=REAL, guidance=None, seed=None, encoder=name, copy=None,
+        rows.append(dict(reference=first, model=REAL, guidance=None, seed=None, encoder=features_of, copy=None,
                          **compare(real[first], statistics(data.cls[np.sort(train)], device))))
     for folder, features, own, made in system.progress(samples, rank, unit="set"):
         fake = statistics(features, device)
         copy = copy_score(data.cls, fake["x"], own) if len(own) else None
-        rows += [dict(made, reference=reference, encoder=name, folder=str(folder), copy=copy, **compare(real[reference], fake))
-                 for reference in real]
+        about = dict(made, encoder=features_of, folder=str(folder), copy=copy)
+        rows += [dict(about, reference=reference, **compare(real[reference], fake)) for reference in real]
     if rank > 0:
         return
-    rows.sort(key=lambda row: (list(real).index(row["reference"]), "folder" in row, row["model"], row["guidance"] or 0))
+    rows.sort(key=lambda row: (list(real).index(row["reference"]), "folder" in row, name(row), row["guidance"] or 0,
+                             row.get("similarity") or [], row.get("sample_steps") or 0))
 
     with system.writing(out / "metrics.json") as f:
         f.write(json.dumps(rows, indent=1).encode())
     picture(out / "metrics.png", rows)
-    lines = table(rows, f"fid, kid: in the features of {name} (d = {data.cls.shape[1]}), not Inception's; "
+    lines = table(rows, f"fid, kid: in the features of {features_of} (d = {data.cls.shape[1]}), not Inception's; "
                         f"precision, recall: k = {NEIGHBOURS}")
     with system.writing(out / "metrics.txt") as f:
         f.write(("\n".join(lines) + "\n").encode())

@@ -192,7 +192,7 @@ INTRODUCTION = f"""# The papers' claims, measured again
 
 Written by `python benchmarks/claims.py write`, after `python benchmarks/claims.py run`: the numbered scripts on the digits at
 16 px, {STEPS} steps of {BATCH} images a model unless it says otherwise, w = 1, ten held-out conditions with 60 samples each
-against the 990 other held-out digits; mean ± s.d. over the seeds of training and sampling. FID is in features of EfficientNet-Lite0 at
+against the 990 other held-out digits; mean ± s.d. over the seeds of training and sampling. FID is in features of Lite0 at
 128 px: directions can be compared with the papers, levels cannot. Their tables were not at hand; where an abstract gives a
 figure it is quoted.
 
