@@ -5,7 +5,8 @@ Reads   the preset's own source (digits, openmoji), or --images: a folder (each 
 Writes  into --out (default runs/PRESET, or runs/ and the name of --images), data.json last:
         images.npy [N, S, S, 3] uint8   pages.npy [N] int32   split.npy [N] uint8, 1 = held out   names.npy [N] unicode
         cls.npy [N, D] float32   tokens.npy [N, T, C] float16   with --augment A: cls_aug.npy [A, N, D] float32
-        data.json {source, preset, fit, images: N, encoder: {name, px, size: S, dim: D, tokens: [T, C]}}; --pool P adds pool: P
+        data.json {source, preset, fit, images: N, encoder: {name, px, size: S, dim: D, tokens: [T, C]}}; --pool P adds pool: P to
+        encoder, and --pages, --augment, --held-out add themselves
         --cls-only, for samples: cls.npy and data.json alone. --data REF takes preset, encoder, S and fit from another folder.
         What another stage made of the folder's former images is deleted: pairs.npy, sims.npy, filter.png, cls_aug.npy.
 
@@ -218,8 +219,9 @@ def inception(path, px, device):
         system.die(f"--encoder-px {px}: inception:{path} takes 299 px, and resamples to them by itself")
     try:
         net = torch.jit.load(path, map_location=device).eval()
-    except Exception as e:  # the same
-        system.die(f"cannot load inception:{path} ({in_short(e)}); "
+        net(torch.zeros(1, 3, 299, 299, dtype=torch.uint8, device=device), return_features=True)
+    except Exception as e:  # the same, and another network
+        system.die(f"cannot use inception:{path} ({in_short(e)}); "
                    "give the TorchScript file inception-2015-12-05.pt of StyleGAN's metrics")
 
     def encode(images):
@@ -265,7 +267,10 @@ def find(name, preset_px):
     family = str(config.get("model_type")).removesuffix("_vision_model")
     if family not in FAMILIES:
         system.die(f"{name}/config.json has model_type {config.get('model_type')}, not one of {', '.join(FAMILIES)}")
-    side = config.get("vision_config", config).get("image_size", 224)    # DINOv2's is 518, but published figures are at 224
+    vision = config.get("vision_config", config)
+    side = vision.get("image_size", 224) if isinstance(vision, dict) else None      # DINOv2's is 518, published at 224
+    if not isinstance(side, int):
+        system.die(f"{name}/config.json gives no image_size, a number of pixels")
     return partial(transformer, family, name), 224 if family == "dinov2" else side
 
 

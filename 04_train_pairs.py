@@ -5,8 +5,9 @@ Writes  DATA/pairs.pt {model, ema, optimizer, step, config}, pairs.jsonl (loss, 
 
     minimise over theta   E | v_theta(alpha x + sigma eps, logsnr, embed(y)) - v |^2,   v = alpha eps - sigma x   (--loss v)
 
---dial trains on all pairs of a page, from an image with itself to the least alike, and gives the network their similarity
-cos(cls_x, cls_y) as one more condition: DATA/dial.pt, from copy to variation by 05_sample.py --similarity.
+--dial (beyond the paper) needs no pairs.npy: it trains on all pairs of a page, from an image with itself to the least alike, and
+gives the network their similarity cos(cls_x, cls_y) as one more condition. DATA/dial.pt, dial.jsonl and dial.png; from copy to
+variation by 05_sample.py --similarity.
 
 The same images, network, schedule and steps as 03_train_recon.py: `diff 03_train_recon.py 04_train_pairs.py` is the paper's idea.
 The command can be repeated at any time: it resumes, or says that it is done.
@@ -15,18 +16,12 @@ The command can be repeated at any time: it resumes, or says that it is done.
     python 04_train_pairs.py --preset emoji64                            # 64 px, one GPU, bf16
     torchrun --nproc-per-node=8 04_train_pairs.py --data runs/mine --preset semantica64 --accumulate 4 --workers 8
 """
-import numpy as np
-
 import system
 import training
 
-p = training.training_parser(__doc__)
-p.add_argument("--dial", action="store_true", help="all pairs of a page, their similarity a condition")
-args = system.parse(p)
+args = system.parse(training.training_parser(__doc__, dial=True))
 args.out = args.out or args.data / ("dial.pt" if args.dial else "pairs.pt")
 data = system.Data(args.data)
-if args.dial:
-    pairs = training.AllPairs(data.pages, np.flatnonzero(data.split == 0))
-else:
-    pairs = system.read_array(args.data / "pairs.npy", "int64", 2, made_by="02_filter_pairs.py")  # [P, 2]: two images of one page
+file = args.data / "pairs.npy"                                                         # [P, 2]: two images of one page
+pairs = training.AllPairs(data) if args.dial else system.read_array(file, "int64", 2, made_by="02_filter_pairs.py")
 training.train_images(args, data, pairs)

@@ -49,12 +49,15 @@ def main():
     args = system.parse(p)
     args.checkpoint = args.checkpoint or args.data / "pairs.pt"
     folder = args.data / ("samples" if args.protocol == "fewshot" else args.protocol)
-    low, high = args.guidance_interval or (0, 0)
-    variant = [word for word, wanted in ((args.sampler, args.sampler != "ddpm"), (f"{low:g}to{high:g}", low < high),
+    low, high = args.guidance_interval or (-math.inf, math.inf)
+    variant = [word for word, wanted in ((args.sampler, args.sampler != "ddpm"), (f"{low:g}to{high:g}", args.guidance_interval),
                                          (f"cads{args.cads:g}", args.cads), ("tcfg", args.tcfg)) if wanted]
     words = [f"{args.checkpoint.stem}_w{args.guidance:g}", *variant, *(f"s{s:g}" for s in args.similarity or [])]
-    args.out = args.out or folder / "_".join(words + [f"draw{args.draw}"] * (args.draw > 0))
-    if args.similarity and max(map(abs, args.similarity)) > 1:
+    words += [f"{name}{value}" for name, value in (("draw", args.draw), ("seed", args.seed)) if value]
+    args.out = args.out or folder / "_".join(words)
+    if not math.isfinite(args.guidance) or not 0 <= args.cads < math.inf or not low < high or args.draw < 0:
+        system.die("expected a finite --guidance, --cads from 0, --guidance-interval with LOW < HIGH, --draw from 0")
+    if not all(abs(s) <= 1 for s in args.similarity or []):
         system.die(f"--similarity {args.similarity}: expected cosines, from -1 to 1")
     system.at_least_one(args, "variations", "sample_steps", "batch_images", *["per_page"] * (args.per_page is not None))
     if (args.out / "images.npy").exists():
@@ -79,6 +82,8 @@ def main():
         system.die(f"{args.checkpoint} reads embeddings of D, T, C = {reads}, {args.data} has {found}; give another of the two")
 
     conditions, k, size = data.conditions(args.per_page, args.draw), args.variations, config["network"]["size"]
+    if args.draw and (args.per_page is None or not (data.split == 1).any()):
+        system.die(f"--draw {args.draw}: every image is a condition already, there is no other draw")
     if len(conditions) == 0:
         system.die(f"--draw {args.draw}: no page of {args.data} holds out more than {args.draw * args.per_page} images")
     beside = []
@@ -111,7 +116,8 @@ def main():
             with system.writing(args.out / "conditions.npy") as f:
                 np.save(f, conditions)
             about = dict(model=args.checkpoint.stem, checkpoint=str(args.checkpoint), step=checkpoint["step"],
-                         variant=" ".join(variant), protocol=args.protocol, draw=args.draw, guidance=args.guidance,
+                         variant=" ".join(variant), protocol=args.protocol, per_page=args.per_page, variations=k,
+                         draw=args.draw, guidance=args.guidance,
                          similarity=args.similarity, sample_steps=args.sample_steps, seed=args.seed)
             with system.writing(args.out / "samples.json") as f:
                 f.write(json.dumps(about, indent=1).encode())

@@ -42,7 +42,8 @@ import common
 import system
 
 CHUNK, NEIGHBOURS = 1024, 3   # rows at a time; k of precision and recall
-SETTINGS = ("reference", "model", "variant", "guidance", "similarity", "sample_steps")    # rows alike in these are repetitions
+# Rows that are alike in these are repetitions.
+SETTINGS = ("reference", "model", "variant", "guidance", "similarity", "sample_steps", "per_page", "variations")
 REAL = "real (train)"                                                   # the row of training images scored as samples
 
 
@@ -218,7 +219,7 @@ def picture(path, rows):
 
 def table(rows, caption):
     """The lines of metrics.txt: a line a setting, mean +- s.d. of its repetitions; the best FID of each model; a caption."""
-    columns = dict(reference="", model="", guidance="g", repeats="d", n="d", m="d", fid=".2f", kid=".4f",
+    columns = dict(reference="", model="", guidance="g", repeats="d", n="g", m="g", fid=".2f", kid=".4f",
                    precision=".3f", recall=".3f", copy=".3f")
     of_07 = dict(ms_image=".1f", prior_share=".0%")                    # rows of 07 say what an image costs
     columns |= {key: spec for key, spec in of_07.items() if any(key in row for row in rows)}
@@ -228,7 +229,7 @@ def table(rows, caption):
         columns["similarity"] = ""
     groups, cells = repetitions(rows), []
     for mean, spread in groups:
-        mean = mean | dict(model=name(mean), similarity=str((mean.get("similarity") or "-")[0]))
+        mean = mean | dict(model=name(mean), similarity=" ".join(f"{s:g}" for s in mean.get("similarity") or []))
         line = ["-" if mean.get(key) is None else format(mean[key], spec) for key, spec in columns.items()]
         cells.append([f"{cell} +- {spread[key]:{spec}}" if spread.get(key) and cell != "-" else cell
                       for cell, (key, spec) in zip(line, columns.items())])
@@ -240,7 +241,7 @@ def table(rows, caption):
         if mean["guidance"] is not None:
             curves.setdefault((mean["reference"], name(mean)), []).append((mean["fid"], mean["guidance"]))
     best = [f"{model} at w = {min(curve)[1]:g}" + f" ({reference})" * (reference != rows[0]["reference"])
-            for (reference, model), curve in curves.items() if len(curve) > 1]
+            for (reference, model), curve in curves.items() if len({w for _, w in curve}) > 1]
     return lines + [f"best fid: {', '.join(best)}"] * bool(best) + [caption]
 
 
@@ -266,6 +267,10 @@ def read_samples(folder, data):
     if len(features) <= NEIGHBOURS or not np.isfinite(features).all():
         system.die(f"{folder}/cls.npy has fewer than {NEIGHBOURS + 1} rows, or values that are not finite; run 05 and 01 again")
     made = system.read_json(folder / "samples.json") if (folder / "samples.json").exists() else dict(model=folder.name)
+    numbers = [made.get("guidance"), made.get("sample_steps"), *(made.get("similarity") or [])] \
+        if isinstance(made.get("similarity"), (list, type(None))) else [""]
+    if not isinstance(made.get("model"), str) or not all(x is None or isinstance(x, (int, float)) for x in numbers):
+        system.die(f"{folder}/samples.json does not say how the samples were made; draw them again with 05_sample.py")
     return features, conditions, dict(guidance=None, seed=None) | made
 
 
@@ -274,7 +279,7 @@ def main():
     p.add_argument("--samples", type=Path, nargs="+", dest="folders", metavar="DIR",
                    help="sample folders (default: DATA/samples/*, or DATA/PROTOCOL/*)")
     p.add_argument("--protocol", choices=common.PROTOCOLS, default="fewshot", help="how the samples were made, by 05")
-    p.add_argument("--references", type=int, help="compare with at most so many images")
+    p.add_argument("--references", type=int, help="compare with at most so many images (0: all)")
     p.add_argument("--out", type=Path, help="folder for metrics.json and metrics.png (default DATA, or DATA/PROTOCOL)")
     args = system.parse(p)
     made_in = args.data / ("samples" if args.protocol == "fewshot" else args.protocol)
@@ -284,6 +289,8 @@ def main():
     torch.set_float32_matmul_precision("highest")                      # not TF32, as start() allows: distances are differences
     data, out = system.Data(args.data), args.out or (args.data if args.protocol == "fewshot" else made_in)
     folders = args.folders or sorted(found.parent for found in made_in.glob("*/cls.npy"))
+    if (args.references or 0) < 0:
+        system.die(f"--references {args.references}: expected a number of images, or 0 for all")
     if not folders:
         system.die(f"no folder in {made_in} has a cls.npy; run 05_sample.py, then 01_embed.py --cls-only")
     samples = [(folder, *read_samples(folder, data)) for folder in folders]

@@ -391,7 +391,10 @@ def main():
     args = system.parse(p)
     system.at_least_one(args, "samples", "batch_images", "clusters", "prior_steps", "prior_batch", "prior_width")
     args.out = args.out or args.data / ("twostage_page" if args.label else "twostage")
-    dict(table=table, sweep=sweep, figures=figures)[args.what](args, system.Data(args.data))
+    data = system.Data(args.data)
+    if data.split.all():
+        system.die(f"{args.data} holds every image out; there is none to train on")
+    dict(table=table, sweep=sweep, figures=figures)[args.what](args, data)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""common.py: the papers' parts that two or more of the numbered scripts need, and nothing else.
+"""common.py: the papers' network and diffusion, which the numbered scripts share, and what goes beyond the papers in sampling.
 
 In reading order: presets, noise schedule, loss, guidance, samplers, U-ViT. The training loop is training.py; files, command lines
 and processes are system.py.
@@ -123,7 +123,9 @@ def guide(model, guidance, interval=None, damped=False, anneal=None, **condition
 def damp(v_cond, v_null, z, logsnr):
     """v_null with its eps_hat projected on the first right singular vector of the two eps_hat, a and b, of each image ([TCFG]).
 
-    That is the direction cos(u) a + sin(u) b which both share, tan(2 u) = 2 a.b / (a.a - b.b); what is left of a pulls away.
+    It is along f = cos(u) a + sin(u) b with tan(2 u) = 2 a.b / (a.a - b.b). As a = (f - sin(u) (b - a)) / (cos(u) + sin(u)),
+    what the projection takes away is a multiple of the part of b - a that is orthogonal to f. Where a and b are of equal length
+    the multiple is 1/2, and guidance w nearly w / 2.
     """
     def dot(x, y):
         return (x * y).sum((1, 2, 3), keepdim=True)                    # [B, 1, 1, 1]
@@ -131,8 +133,8 @@ def damp(v_cond, v_null, z, logsnr):
     alpha, sigma = alpha_sigma(logsnr)
     a, b = sigma * z + alpha * v_null, sigma * z + alpha * v_cond
     u = torch.atan2(2 * dot(a, b), dot(a, a) - dot(b, b)) / 2
-    first = u.cos() * a + u.sin() * b
-    return (dot(a, first) / dot(first, first) * first - sigma * z) / alpha
+    f, d = u.cos() * a + u.sin() * b, v_cond - v_null                  # b - a = alpha d
+    return v_null + u.sin() / (u.cos() + u.sin()) * (d - dot(d, f) / dot(f, f) * f)
 
 
 def cads(model, config, randn_like, scale, low=0.6, high=0.9, mix=1.0):
@@ -147,7 +149,7 @@ def cads(model, config, randn_like, scale, low=0.6, high=0.9, mix=1.0):
         if gamma == 1:
             return condition
         noisy = {}
-        for name in condition.keys() & {"cls", "tokens"}:
+        for name in [name for name in ("cls", "tokens") if name in condition]:     # in this order: they share streams of noise
             norm = model.cls_norm if name == "cls" else model.token_norm
             y = norm(condition[name])
             n = math.sqrt(gamma) * y + scale * math.sqrt(1 - gamma) * randn_like(y)

@@ -42,7 +42,7 @@ import common
 import system
 
 
-def training_parser(doc, out="checkpoint to write (default in DATA); repeat the command to resume", cond=True):
+def training_parser(doc, out="checkpoint to write (default in DATA); repeat the command to resume", cond=True, dial=False):
     """system.parser() with the flags of the training scripts; unset ones take the preset's value."""
     p = system.parser(doc)
     p.add_argument("--out", type=Path, help=out)
@@ -50,6 +50,8 @@ def training_parser(doc, out="checkpoint to write (default in DATA); repeat the 
         p.add_argument("--cond", default="both", choices=["tokens", "film", "both", "none"], help="how the condition enters")
         p.add_argument("--channels", type=int, nargs="+", help="of each stage of the U-ViT; the last is the transformer")
         p.add_argument("--blocks", type=int, nargs="+", help="of each stage")
+    if dial:
+        p.add_argument("--dial", action="store_true", help="all pairs of a page, their similarity one more condition")
     p.add_argument("--loss", choices=["v", "eps"], help="what the squared error is of")
     p.add_argument("--steps", type=int, help="optimiser steps in all")
     p.add_argument("--batch", type=int, help="images a step, over all processes")
@@ -72,19 +74,20 @@ def training_parser(doc, out="checkpoint to write (default in DATA); repeat the 
 
 
 class AllPairs:
-    """All (i, j) of one page among the images `chosen`, i = j too, numbered page by page: [n] numbers -> [n, 2]."""
+    """All (i, j) of one page among the training images, i = j too, numbered page by page: [n] numbers -> [n, 2]."""
 
-    def __init__(self, pages, chosen):
-        self.chosen = chosen[np.argsort(pages[chosen], kind="stable")]
-        _, self.first, count = np.unique(pages[self.chosen], return_index=True, return_counts=True)
-        self.count, self.ends = count, np.cumsum(count.astype(np.int64) ** 2)
+    def __init__(self, data):
+        train = np.flatnonzero(data.split == 0)
+        self.chosen = train[np.argsort(data.pages[train], kind="stable")]
+        _, self.first, self.count = np.unique(data.pages[self.chosen], return_index=True, return_counts=True)
+        self.ends = np.cumsum(self.count ** 2)                         # of each page's numbers
 
     def __len__(self):
-        return int(self.ends[-1])
+        return int(self.count @ self.count)
 
     def __getitem__(self, numbers):
         page = np.searchsorted(self.ends, numbers, side="right")
-        within = numbers - self.ends[page] + self.count[page].astype(np.int64) ** 2
+        within = numbers - self.ends[page] + self.count[page] ** 2
         return self.chosen[self.first[page][:, None] + np.stack(np.divmod(within, self.count[page]), 1)]
 
 
@@ -130,11 +133,11 @@ def train_images(args, data, pairs, sheet=True):
         system.die(f"{data.folder} has images of {data.images.shape[1]} px, preset {args.preset} wants {args.size}")
     channels, blocks, halved = args.channels, args.blocks, args.patch * 2 ** (len(args.channels) - 1)
     if len(blocks) != len(channels) or min(*channels, *blocks) < 1 or any(c % 16 for c in channels) \
-            or channels[-1] % max(1, channels[-1] // 64) or args.size % halved:
+            or channels[-1] > 64 and channels[-1] % 64 or args.size % halved:
         system.die(f"--channels {channels} --blocks {blocks}: expected one of each a stage, channels in multiples of 16, of 64 "
-                   f"in a last stage above 128, and {args.size} px to be halved {len(channels) - 1} times")
+                   f"in a last stage above 64, and {args.size} px to be halved {len(channels) - 1} times")
     if len(pairs) == 0:
-        system.die(f"{data.folder} has no pairs to train on; loosen the thresholds of 02_filter_pairs.py")
+        system.die(f"{data.folder} has no pairs to train on: no training images, or 02_filter_pairs.py kept none")
     dial = isinstance(pairs, AllPairs)
     paired, used = np.zeros(len(data.split), bool), np.ascontiguousarray(pairs.chosen if dial else pairs)
     if used.min() >= 0 and used.max() < len(paired):
@@ -145,7 +148,7 @@ def train_images(args, data, pairs, sheet=True):
                    cls_dim=data.cls.shape[1], token_shape=list(data.tokens.shape[1:]), **dict(dial=True) if dial else {})
     recipe = ("preset", "loss", "noise_size", "cond_drop", "batch", "steps", "lr", "warmup", "decay", "ema", "seed", "time_power")
     rows = some_of(np.flatnonzero(data.split == 0))
-    config = dict(network=network, encoder=data.meta["encoder"], pairs=zlib.crc32(used),
+    config = dict(network=network, encoder=data.meta["encoder"], pairs=zlib.crc32(pairs.ends if dial else b"", zlib.crc32(used)),
                   data=zlib.crc32(np.ascontiguousarray(data.cls[rows])), **{key: getattr(args, key) for key in recipe})
 
     torch.manual_seed(args.seed)

@@ -17,13 +17,13 @@ import claims
 import numpy as np
 
 DIAL = (1, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6)
-VARIANTS = {"tcfg": "--tcfg", "cads": "--cads 0.25", "interval": "--guidance-interval -2 4"}
+VARIANTS = {"plain": "", "tcfg": "--tcfg", "cads": "--cads 0.25", "interval": "--guidance-interval -2 4"}
 STEPS = (4, 8, 16, 32, 64, 128)
 # group: {folder: (model, flags of 05_sample.py)}
 GROUPS = {
     "dial": {f"dial_w1_s{s}": ("dial", f"--similarity {s}") for s in DIAL},
     "guidance": {f"pairs_w{w}_{name}": ("pairs", f"--guidance {w} {flags}")
-                 for name, flags in VARIANTS.items() for w in (1, 2, 4)},
+                 for name, flags in VARIANTS.items() for w in ((0.5,) if name == "plain" else (1, 2, 4))},
     "steps": {f"pairs_w1_{sampler}_{n}": ("pairs", f"--sampler {sampler} --sample-steps {n}")
               for n in STEPS for sampler in ("ddpm", "ddim", "dpm++")},
 }
@@ -109,7 +109,7 @@ def write(runs, page):
             continue
         rows[group], table = score(runs, group)
         before, start, rest = text.partition(f"<!-- {group} -->\n")
-        if not start:
+        if not start or "<!-- end -->" not in rest:
             sys.exit(f"{page} has no place for {group}; mark it by lines <!-- {group} --> and <!-- end -->")
         if group == "dial":
             asked, got = zip(*((row["similarity"][0], row["copy"]) for row in rows[group] if row.get("similarity")))
@@ -131,6 +131,7 @@ def main():
     p.add_argument("--steps", type=int, default=128, help="most steps in the group `steps`")
     p.add_argument("--jobs", type=int, default=2, help="commands side by side")
     args = p.parse_args()
+    args.runs = args.runs.resolve()
     if args.action == "write":
         return write(args.runs, claims.ROOT / "docs" / "beyond.md")
     with ThreadPoolExecutor(args.jobs) as pool:

@@ -266,6 +266,7 @@ def test_repetitions_are_summed_up():
     (mean, spread), (other, alone) = metrics.repetitions([*rows, dict(made, guidance=2.0, seed=0, fid=11.0, kid=0.1)])
     assert (mean["fid"], spread["fid"], mean["repeats"], mean["n"], mean["copy"]) == (12, 2, 3, 40, None)
     assert (other["fid"], alone["fid"], other["repeats"], other["guidance"]) == (11, None, 1, 2)
+    assert "37" in metrics.table([rows[0], dict(rows[1], n=34)], "")[1].split()      # other pages have no second image
     lines = metrics.table([*rows, dict(made, guidance=2.0, seed=0, fid=11.0, kid=0.1)], "caption")
     assert "12.00 +- 2.00" in lines[1] and lines[-2:] == ["best fid: pairs at w = 2", "caption"]
 

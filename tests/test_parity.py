@@ -48,7 +48,8 @@ def lite0():
     digits = mnist_data()[0][np.random.default_rng(3).permutation(5000)[:480]].reshape(-1, 28, 28, 1).repeat(3, 3)
     images = torch.from_numpy(np.concatenate([digits[:150] / 2 + digits[150:300] / 2, digits[300:]]).astype(np.uint8))
     with torch.inference_mode():
-        cls = torch.cat([embed.ENCODERS["efficientnet_lite0"](32, "cpu")(part)[0] for part in images.split(66)])[:, ::5].double().numpy()
+        encode = embed.ENCODERS["efficientnet_lite0"](32, "cpu")
+        cls = torch.cat([encode(part)[0] for part in images.split(66)])[:, ::5].double().numpy()
     return cls[:150], cls[150:]
 
 

@@ -104,7 +104,9 @@ def test_beyond_the_papers(folder, train_args, monkeypatch, capsys):
     assert stop.value.code == 2 and "dial" in capsys.readouterr().err
     flags = "--device cpu --dial --steps 2 --batch 4 --channels 16 32 --blocks 1 1 --lr 0.02 --sample-steps 2"
     subprocess.run([sys.executable, ROOT / "04_train_pairs.py", "--data", folder, *flags.split()], check=True)
+    guided = sample(monkeypatch, folder, "guided", "--checkpoint", folder / "dial.pt", "--guidance", "2", "--similarity", "0.5")
     dial = ["--checkpoint", folder / "dial.pt", "--guidance", "0", "--similarity"]
+    assert not np.array_equal(guided, sample(monkeypatch, folder, "unguided", *dial, "0.5"))
     both = sample(monkeypatch, folder, "both", *dial, "1", "0.5")
     one = sample(monkeypatch, folder, "one", *dial, "1")
     assert np.array_equal(both[:, ::2], one[:, ::2]) and not np.array_equal(both[:, 1], one[:, 1])

@@ -68,7 +68,7 @@ def test_a_dial_trains_on_all_pairs_of_a_page_and_their_similarity(train_args):
     """Every (i, j) of a page once, i = j too; the cosine of the two as a condition, dropped at the same rate on its own."""
     args = train_args("--batch", "2000")
     data = system.Data(args.data)
-    everything = training.AllPairs(data.pages, np.flatnonzero(data.split == 0))
+    everything = training.AllPairs(data)
     found = everything[np.arange(len(everything))]
     assert sorted(map(tuple, found.tolist())) == [(i, j) for i in range(20) for j in range(20)
                                                   if i // 5 == j // 5 and i % 5 < 4 and j % 5 < 4]
