@@ -99,7 +99,7 @@ sweep: $(TWO)/sweep/metrics.json
 
 test: $(VENV)/installed
 	$(PY) -m pip install --quiet --requirement requirements-test.txt
-	$(PY) -m pytest -q tests
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q --numprocesses=auto --dist=loadfile tests
 
 clean:
 	rm -rf $(RUN)

@@ -107,7 +107,7 @@ def test_the_page_is_what_the_script_prints(tables):
 def test_the_commands_have_flags_that_exist(tables):
     lines = [line for line in tables["commands"].replace("\\\n", " ").splitlines() if line.startswith(("torchrun", "python"))]
     assert len(lines) > 10
-    common_flags = re.findall(r'"(--[a-z-]+)"', (ROOT / "common.py").read_text())
+    common_flags = re.findall(r'"(--[a-z-]+)"', (ROOT / "system.py").read_text())
     for line in lines:
         words = shlex.split(line, comments=True)
         if words[0] == "torchrun":
