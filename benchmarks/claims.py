@@ -269,7 +269,7 @@ def verdict(outcomes):
 
 def claim(rows, comparisons):
     """The verdict on a claim, and the lines of its table."""
-    lines, outcomes = ["| set | metric | claimed | the first | the second | holds in |", "| --- " * 6 + "|"], []
+    lines, outcomes = ["| set | metric | claimed | the first | the second | holds in seeds |", "| --- " * 6 + "|"], []
     for comparison in comparisons:
         shown, metric, one, sign, other = comparison.split()
         first, second = figures(rows, shown, one, metric), figures(rows, shown, other, metric)
@@ -280,7 +280,8 @@ def claim(rows, comparisons):
             means = [summary([values[s] for s in seeds], metric) for values in (first, second)]
             cells = shown, metric, f"`{one}` {sign} `{other}`", *means, f"{sum(holds)} of {len(seeds)}"
             lines.append(f"| {' | '.join(cells)} |")
-    return verdict(outcomes), lines
+    seeds = max(map(len, outcomes))
+    return verdict(outcomes) + (f" ({seeds} seed{'s' * (seeds > 1)} only)" if 0 < seeds < 3 else ""), lines
 
 
 def write(runs, page):
