@@ -19,7 +19,7 @@ References never contain a conditioning image, so a copier earns nothing by them
   seen       the training images on the pages of the conditions, if there are any (none for the digits): memorising helps here
 "real (train)" scores training images as if they were samples: what a perfect model would reach.
 --protocol says how many references at most (common.PROTOCOLS; chosen at random, once for all). In "fullset", for comparison, the
-conditions are references too, and a copy earns most.
+conditions are references too, so that a copy earns something.
 
 Work goes by chunks of rows, which the processes of torchrun share; the metrics do not depend on how many they are.
 
@@ -211,7 +211,8 @@ def picture(path, rows):
                 point = row["guidance"] if row.get("similarity") is None else row["similarity"][0]
                 label = "" if point is None else f"{point:g}"
                 axes.annotate(label, (row["recall"], row["precision"]), xytext=(4, 4), textcoords="offset points")
-        axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="recall", ylabel="precision", title=f"against {reference} images")
+        axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="recall", ylabel="precision")
+        axes.set_title(f"against {reference} images; guidance w, or similarity, at the points")
         axes.legend(frameon=False)
     with system.writing(path) as f:
         figure.savefig(f, dpi=120, format="png")
@@ -267,9 +268,9 @@ def read_samples(folder, data):
     if len(features) <= NEIGHBOURS or not np.isfinite(features).all():
         system.die(f"{folder}/cls.npy has fewer than {NEIGHBOURS + 1} rows, or values that are not finite; run 05 and 01 again")
     made = system.read_json(folder / "samples.json") if (folder / "samples.json").exists() else dict(model=folder.name)
-    numbers = [made.get("guidance"), made.get("sample_steps"), *(made.get("similarity") or [])] \
-        if isinstance(made.get("similarity"), (list, type(None))) else [""]
-    if not isinstance(made.get("model"), str) or not all(x is None or isinstance(x, (int, float)) for x in numbers):
+    similarity = made.get("similarity") or []
+    if not (isinstance(made.get("model"), str) and isinstance(similarity, list) and all(
+            isinstance(x, (int, float, type(None))) for x in (made.get("guidance"), made.get("sample_steps"), *similarity))):
         system.die(f"{folder}/samples.json does not say how the samples were made; draw them again with 05_sample.py")
     return features, conditions, dict(guidance=None, seed=None) | made
 

@@ -51,7 +51,7 @@ PROTOCOLS = {
     "fewshot": dict(per_page=1),                                         # n pages x k, against all other held-out images
     "imagenet-oneshot": dict(per_page=1, variations=10, references=10_000),                      # 1,000 classes: 10,000
     "sun397-oneshot": dict(per_page=1, variations=25, references=10_000),                        # 397 classes: 9,925
-    "fullset": dict(per_page=None, variations=1, with_conditions=True),  # against the conditions themselves: copying pays
+    "fullset": dict(per_page=None, variations=1, with_conditions=True),  # against the conditions themselves too
 }
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -68,7 +68,7 @@ def logsnr_schedule(t, size, noise_size):
 
 
 def time_of(logsnr, size, noise_size):
-    """t of a log-SNR: the inverse of logsnr_schedule."""
+    """t in [0, 1] of a log-SNR, shape of logsnr: the inverse of logsnr_schedule."""
     a, b = math.atan(math.exp(-7.5)), math.atan(math.exp(7.5))
     return (torch.atan(torch.exp(math.log(noise_size / size) - logsnr / 2)) - a) / (b - a)
 

@@ -7,14 +7,13 @@ same folder: SEED/dial.pt, SEED/GROUP/SET. A repeated command goes on where it s
     python benchmarks/beyond.py run --seeds 0 --groups steps
     python benchmarks/beyond.py write                      # docs/beyond.md from what is there
 """
-import argparse
 import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import claims
 import numpy as np
+from scipy.stats import spearmanr
 
 DIAL = (1, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6)
 VARIANTS = {"plain": "", "tcfg": "--tcfg", "cads": "--cads 0.25", "interval": "--guidance-interval -2 4"}
@@ -57,12 +56,6 @@ def score(runs, group):
     scores = runs / "scores" / group
     claims.script(f"06_fewshot_metrics.py --data {runs / 'digits'} --out {scores} --samples {' '.join(map(str, folders))}")
     return json.loads((scores / "metrics.json").read_text()), (scores / "metrics.txt").read_text()
-
-
-def spearman(x, y):
-    """Rank correlation, ties by their mean rank."""
-    import scipy.stats
-    return scipy.stats.spearmanr(x, y).statistic
 
 
 def over_seeds(rows, key):
@@ -113,7 +106,8 @@ def write(runs, page):
             sys.exit(f"{page} has no place for {group}; mark it by lines <!-- {group} --> and <!-- end -->")
         if group == "dial":
             asked, got = zip(*((row["similarity"][0], row["copy"]) for row in rows[group] if row.get("similarity")))
-            table += f"\nSpearman of requested and achieved similarity: {spearman(asked, got):.3f} over {len(got)} sets\n"
+            rank = spearmanr(asked, got).statistic
+            table += f"\nSpearman of requested and achieved similarity: {rank:.3f} over {len(got)} sets\n"
         text = f"{before}{start}```\n{table}```\n{rest[rest.index('<!-- end -->'):]}"
     page.write_text(text)
     plots(rows, page.parent)
@@ -123,15 +117,10 @@ def write(runs, page):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("action", choices=["run", "write"])
-    p.add_argument("--runs", type=Path, default=Path("runs/claims"))
-    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    p = claims.parser(__doc__)
     p.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
     p.add_argument("--steps", type=int, default=128, help="most steps in the group `steps`")
-    p.add_argument("--jobs", type=int, default=2, help="commands side by side")
     args = p.parse_args()
-    args.runs = args.runs.resolve()
     if args.action == "write":
         return write(args.runs, claims.ROOT / "docs" / "beyond.md")
     with ThreadPoolExecutor(args.jobs) as pool:

@@ -301,15 +301,20 @@ def write(runs, page):
     print(f"wrote {page}")
 
 
-def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser(doc):
+    """The flags that this and beyond.py share."""
+    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("action", choices=["run", "write"])
-    p.add_argument("--runs", type=Path, default=Path("runs/claims"))
+    p.add_argument("--runs", type=lambda path: Path(path).resolve(), default=ROOT / "runs" / "claims")   # scripts run in ROOT
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    p.add_argument("--jobs", type=int, default=2, help="commands side by side")
+    return p
+
+
+def main():
+    p = parser(__doc__)
     p.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    p.add_argument("--jobs", type=int, default=2, help="chains side by side")
     args = p.parse_args()
-    args.runs = args.runs.resolve()                                    # the scripts run in the folder they lie in
     if args.action == "write":
         return write(args.runs, ROOT / "docs" / "claims.md")
     for name in dict.fromkeys(MODELS[name][0] for name in args.models):

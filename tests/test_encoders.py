@@ -115,7 +115,7 @@ def test_embeddings_are_those_of_the_library(folder, models, tmp_path, monkeypat
     flags = ("--images", tmp_path / "images.npy", "--encoder", models / folder)
     flags += ("--encoder-px", px) if family == "dinov2" else ()        # the others say in config.json what they take
     main(monkeypatch, *flags, "--out", tmp_path / "out")
-    cls, tokens = (np.load(tmp_path / "out" / f"{name}.npy") for name in ("cls", "tokens"))
+    cls, tokens = (np.load(tmp_path / "out" / f"{name}.npy", allow_pickle=False) for name in ("cls", "tokens"))
     if family == "dinov2":                                             # 4 x 4 patches for positions of 5 x 5: interpolated
         want_cls, want_tokens = of_the_library(models / folder, family, by_hand(images, px, mean, std))
     else:
@@ -254,7 +254,7 @@ def test_inception_gets_the_bytes_and_gives_its_features(tmp_path, photos, monke
     name = f"inception:{tmp_path}/stand-in.pt"
     main(monkeypatch, "--images", photos[0], "--out", tmp_path / "out", "--encoder", name)
     want = StandIn()(torch.from_numpy(photos[1]).permute(0, 3, 1, 2), True)
-    cls, tokens = (np.load(tmp_path / "out" / f"{what}.npy") for what in ("cls", "tokens"))
+    cls, tokens = (np.load(tmp_path / "out" / f"{what}.npy", allow_pickle=False) for what in ("cls", "tokens"))
     assert (cls == want.numpy()).all() and (tokens == want[:, None].half().numpy()).all()
     about = json.loads((tmp_path / "out" / "data.json").read_text())["encoder"]
     assert about == dict(name=name, px=299, size=16, dim=192, tokens=[1, 192])
@@ -274,7 +274,7 @@ def test_pool_is_a_setting_of_the_encoder(tmp_path, photos, monkeypatch, capsys)
     """It changes tokens.npy and data.json only, is taken over by --data, and a folder without it is another."""
     def run(out, *flags):
         main(monkeypatch, "--images", photos[0], "--out", tmp_path / out, *flags)
-        cls, tokens = (np.load(tmp_path / out / f"{what}.npy") for what in ("cls", "tokens"))
+        cls, tokens = (np.load(tmp_path / out / f"{what}.npy", allow_pickle=False) for what in ("cls", "tokens"))
         return cls, tokens, json.loads((tmp_path / out / "data.json").read_text())["encoder"]
 
     lite = ("--encoder-px", 96)
