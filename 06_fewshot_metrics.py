@@ -212,7 +212,7 @@ def picture(path, rows):
                 label = "" if point is None else f"{point:g}"
                 axes.annotate(label, (row["recall"], row["precision"]), xytext=(4, 4), textcoords="offset points")
         axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="recall", ylabel="precision")
-        axes.set_title(f"against {reference} images; guidance w, or similarity, at the points")
+        axes.set_title(f"against {reference} images; w (similarity) at the points")
         axes.legend(frameon=False)
     with system.writing(path) as f:
         figure.savefig(f, dpi=120, format="png")
