@@ -1,7 +1,8 @@
 """05: a checkpoint + embeddings -> k variations of each conditioning image, and a contact sheet a person looks at.
 
 Reads   the checkpoint of 03 or 04, and a folder of 01 (--data): cls.npy, tokens.npy, images.npy (only for the sheet)
-Writes  into --out:  samples.npy [n, k, S, S, 3] uint8   conditions.npy [n] int64   samples.json (how they were made)   sheet.png
+Writes  into --out:  samples.npy [n, k, S, S, 3] uint8   conditions.npy [n] int64
+                     samples.json, how they were made and what an image cost   sheet.png
 
 The conditions are the first held-out image of each page; all images of a folder that holds none out (your own photo). For
 other numbers see --protocol (common.PROTOCOLS); for a repetition with other conditioning images, --draw.
@@ -18,6 +19,7 @@ shows the dial).
 """
 import json
 import math
+import time
 from functools import partial
 from pathlib import Path
 
@@ -92,10 +94,10 @@ def main():
         if beside[0].shape[2:] != (size, size, 3):
             system.die(f"{args.beside}/samples.npy holds images of {beside[0].shape[2:]}, expected {(size, size, 3)}")
     jobs = np.stack(np.divmod(np.arange(len(conditions) * k), k), axis=1)               # [n k, 2]: condition i, variation j
-    batches = range(0, len(jobs), args.batch_images)
+    batches, seconds = range(0, len(jobs), args.batch_images), []                       # an image, for each batch
     with system.writing_array(args.out / "samples.npy", (len(conditions), k, size, size, 3), np.uint8, rank) as samples:
         for first in system.progress(batches[rank::world], rank, unit="batch"):         # each rank takes whole batches
-            batch = jobs[first:first + args.batch_images]
+            start, batch = time.perf_counter(), jobs[first:first + args.batch_images]
             condition = data.embeddings(conditions[batch[:, 0]], model.cond, device)
             streams = [common.generator(device, args.seed, i, j) for i, j in batch.tolist()]
             noise = partial(common.randn, streams, (3, size, size))
@@ -108,6 +110,7 @@ def main():
             images = common.sample(model, config, condition, args.guidance, noise, args.sample_steps, args.amp, args.sampler,
                                    **how)
             samples[batch[:, 0], batch[:, 1]] = images
+            seconds.append((time.perf_counter() - start) / len(batch))
         samples.flush()
         system.wait()
         if rank == 0:                                                                   # samples.npy comes last, beside its own
@@ -118,7 +121,8 @@ def main():
             about = dict(model=args.checkpoint.stem, checkpoint=str(args.checkpoint), step=checkpoint["step"],
                          variant=" ".join(variant), protocol=args.protocol, per_page=args.per_page, variations=k,
                          draw=args.draw, guidance=args.guidance,
-                         similarity=args.similarity, sample_steps=args.sample_steps, seed=args.seed)
+                         similarity=args.similarity, sample_steps=args.sample_steps, seed=args.seed,
+                         ms_image=1e3 * float(np.median(seconds)))
             with system.writing(args.out / "samples.json") as f:
                 f.write(json.dumps(about, indent=1).encode())
             shown = np.linspace(0, len(conditions) - 1, min(len(conditions), 16)).astype(int)           # up to 16, from all over

@@ -222,10 +222,10 @@ def table(rows, caption):
     """The lines of metrics.txt: a line a setting, mean +- s.d. of its repetitions; the best FID of each model; a caption."""
     columns = dict(reference="", model="", guidance="g", repeats="d", n="g", m="g", fid=".2f", kid=".4f",
                    precision=".3f", recall=".3f", copy=".3f")
-    of_07 = dict(ms_image=".1f", prior_share=".0%")                    # rows of 07 say what an image costs
-    columns |= {key: spec for key, spec in of_07.items() if any(key in row for row in rows)}
     if len({row.get("sample_steps") for row in rows if row["model"] != REAL}) > 1:
-        columns["sample_steps"] = "d"
+        columns |= dict(sample_steps="d", ms_image=".1f")              # what an image costs
+    if any("prior_share" in row for row in rows):
+        columns["prior_share"] = ".0%"
     if any(row.get("similarity") for row in rows):
         columns["similarity"] = ""
     groups, cells = repetitions(rows), []

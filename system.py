@@ -3,6 +3,7 @@
 No network and no equation is here; those are in common.py.
 """
 import argparse
+import atexit
 import contextlib
 import ctypes
 import functools
@@ -189,7 +190,10 @@ def start(device):
         torch.cuda.set_device(local)
         torch.set_float32_matmul_precision("high")                     # TF32 for what stays in float32
     if not alone:
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(hours=1))
+        backend = "nccl" if device.startswith("cuda") else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=1))
+        if backend == "gloo":                                          # its threads must end before the interpreter: otherwise
+            atexit.register(dist.destroy_process_group)                # one run in 60 aborts when all is done
     return torch.device(device), rank, world
 
 

@@ -123,12 +123,13 @@ def main():
     args = p.parse_args()
     if args.action == "write":
         return write(args.runs, claims.ROOT / "docs" / "beyond.md")
+    wanted = [(seed, group, name) for seed in args.seeds for group in args.groups for name in GROUPS[group]
+              if group != "steps" or int(name.rsplit("_", 1)[1]) <= args.steps]
     with ThreadPoolExecutor(args.jobs) as pool:
-        for done in [pool.submit(train_dial, args.runs, seed) for seed in args.seeds if "dial" in args.groups]:
-            done.result()
-        for done in [pool.submit(sample, args.runs, seed, group, name) for seed in args.seeds for group in args.groups
-                     for name in GROUPS[group] if group != "steps" or int(name.rsplit("_", 1)[1]) <= args.steps]:
-            done.result()
+        for ready in (False, True):                                    # the dials, and what needs none; then what does
+            tasks = [pool.submit(train_dial, args.runs, seed) for seed in args.seeds if "dial" in args.groups and not ready]
+            for task in tasks + [pool.submit(sample, args.runs, *what) for what in wanted if (what[1] == "dial") == ready]:
+                task.result()
 
 
 if __name__ == "__main__":
