@@ -4,6 +4,7 @@ Everything goes through the scripts' command lines and files, below runs/claims:
 A repeated command goes on where it stopped. Two chains of commands run side by side, one thread each; a seed takes most of an
 hour on two cores.
 
+    pip install -r requirements-dev.txt                              # scikit-image, for its photographs
     python benchmarks/claims.py run                                  # all models, seeds 0 1 2
     python benchmarks/claims.py run --seeds 0 --models recon pairs   # some of it
     python benchmarks/claims.py write                                # docs/claims.md from what is there
@@ -40,13 +41,24 @@ MODELS = {
     "pairs_half": ("digits", "04_train_pairs.py", f"--steps {STEPS // 2}"),
     "web": ("web", "04_train_pairs.py", ""),
     "classes": ("classes", "04_train_pairs.py", ""),
+    "photos": ("photos", "04_train_pairs.py", ""),
+    "photos_recon": ("photos", "03_train_recon.py", ""),
+    "photos_random": ("photos_random", "04_train_pairs.py", ""),
     "twostage": ("digits", "07_twostage.py", "--steps 1000"),          # five rows in place of a checkpoint
 }
 ROWS = ("unconditional", "kmeans", "oracle", "2sdm", "2sdm_fewer_steps")
-# name: what to sample from it, (data folder, guidance, further flags). Every other model: SETS[None].
-SETS = {None: [("digits", 1, "")],
-        **dict.fromkeys(("recon", "pairs"), [("digits", w, "") for w in (1, 0, 2, 4)] + [("digits", 1, "--protocol fullset")]),
-        **dict.fromkeys(("web", "classes"), [("digits", 1, ""), ("emoji", 1, "")])}
+# Sets of samples: the data folder of the conditions (of the model itself, if its encoder is another), further flags of 05.
+SETS = {"digits": ("digits", ""), "fullset": ("digits", "--protocol fullset"), "emoji": ("emoji", ""),
+        "photos": ("photos", "--variations 30")}
+# name: (set, guidance) of all that is sampled from it. Every other model: the digits, w = 1.
+SAMPLED = {**dict.fromkeys(("recon", "pairs"), [*(("digits", w) for w in (1, 0, 2, 4)), ("fullset", 1)]),
+           **dict.fromkeys(("web", "classes"), [("digits", 1), ("emoji", 1)]),
+           **dict.fromkeys(("photos", "photos_recon", "photos_random"), [("photos", 1)])}
+# Data folders with another encoder, and the folder whose images and pairs they have.
+ENCODERS = {"lite2": ("efficientnet_lite2", "digits"), "random": ("random", "digits"), "photos_random": ("random", "photos")}
+# Functions of skimage.data.
+PHOTOS = ("astronaut", "brick", "camera", "cat", "cell", "clock", "coffee", "coins", "grass", "gravel", "hubble_deep_field",
+          "immunohistochemistry", "moon", "page", "retina", "rocket", "stereo_motorcycle", "text")
 
 
 def script(line):
@@ -81,18 +93,24 @@ def prepare(runs, name):
     elif name == "emoji":                                              # with the encoder's input of the digits
         script(f"01_embed.py --preset emoji16 --encoder-px 128 --out {folder}")
         script(f"02_filter_pairs.py --data {folder}")
-    elif name in ("web", "classes"):
-        prepare(runs, "emoji")
+    elif name in ("web", "classes", "photos"):
         if not (folder / "data.json").exists():
-            drawings = runs / f"{name}_images"
-            save_pages(drawings, digits, by_class=name == "classes")
+            images = runs / f"{name}_images"
+            if name == "photos":
+                save_crops(images)
+            else:
+                save_pages(images, digits, by_class=name == "classes")
             if name == "web":
-                save_pages(drawings, runs / "emoji")
-            script(f"01_embed.py --images {drawings} --preset digits16 --out {folder}")
+                prepare(runs, "emoji")
+                save_pages(images, runs / "emoji")
+            script(f"01_embed.py --images {images} --preset digits16 --out {folder}")
         script(f"02_filter_pairs.py --data {folder}")
-    elif name in ("lite2", "random"):                                  # another encoder, the same pairs
-        script(f"01_embed.py --out {folder} --encoder-px 128 --encoder " + dict(lite2="efficientnet_lite2").get(name, name))
-        link(digits, folder, ["pairs.npy", "sims.npy"])
+    elif name in ENCODERS:
+        encoder, source = ENCODERS[name]
+        prepare(runs, source)
+        images = "" if source == "digits" else f"--images {runs / source}_images --preset digits16"
+        script(f"01_embed.py {images} --out {folder} --encoder-px 128 --encoder {encoder}")
+        link(runs / source, folder, ["pairs.npy", "sims.npy"])         # the same pairs
 
 
 def save_pages(target, source, by_class=False):
@@ -104,6 +122,20 @@ def save_pages(target, source, by_class=False):
         page = target / (names[i].split()[1] if by_class else f"{source.name}{pages[i]:05d}")
         page.mkdir(parents=True, exist_ok=True)
         Image.fromarray(images[i]).save(page / f"{i:05d}.png")
+
+
+def save_crops(target, per_photo=100, size=64):
+    """Random squares of scikit-image's photographs, a quarter to a half of the shorter side wide, as target/PHOTO/*.png."""
+    from skimage import data
+    rng = np.random.default_rng(0)
+    for name in PHOTOS:
+        photo = getattr(data, name)()
+        photo = Image.fromarray(photo[0] if isinstance(photo, tuple) else photo).convert("RGB")        # the left of a stereo pair
+        (target / name).mkdir(parents=True, exist_ok=True)
+        for i in range(per_photo):
+            side = int(min(photo.size) * rng.uniform(0.25, 0.5))
+            x, y = (int(rng.integers(0, length - side + 1)) for length in photo.size)
+            photo.resize((size, size), Image.LANCZOS, (x, y, x + side, y + side)).save(target / name / f"{i:03d}.png")
 
 
 def twostage(out, command):
@@ -125,14 +157,15 @@ def chain(runs, seed, name):
     if not checkpoint.exists():
         steps = "" if "--steps" in flags else f"--steps {STEPS}"
         script(f"{trainer} --data {runs / data} --out {checkpoint} --seed {seed} --batch {BATCH} {steps} {flags}")
-    for shown, w, more in SETS.get(name, SETS[None]):
-        conditions = data if data in ("lite2", "random") else shown    # the same images, in the model's own embedding
-        samples = runs / str(seed) / (more.split()[-1] if more else shown) / f"{name}_w{w}"
+    for shown, w in SAMPLED.get(name, [("digits", 1)]):
+        own, flags = SETS[shown]
+        conditions = data if data in ENCODERS else own                 # the same images, in the model's own embedding
+        samples = runs / str(seed) / shown / f"{name}_w{w}"
         if not (samples / "samples.npy").exists():
-            script(f"05_sample.py --data {runs / conditions} --checkpoint {checkpoint} --guidance {w} --seed {seed} {more} "
+            script(f"05_sample.py --data {runs / conditions} --checkpoint {checkpoint} --guidance {w} --seed {seed} {flags} "
                    f"--out {samples}")
         if not (samples / "data.json").exists():
-            script(f"01_embed.py --data {runs / 'digits'} --images {samples}/samples.npy --out {samples} --cls-only")
+            script(f"01_embed.py --data {runs / own} --images {samples}/samples.npy --out {samples} --cls-only")
     print(f"seed {seed}: {name} is done", flush=True)
 
 
@@ -150,7 +183,9 @@ CLAIMS = [
     ("Pairs give variations: higher few-shot recall, lower few-shot FID",
      """Trained on two images of one web page, the same network draws diverse images of the same kind; few-shot FID and recall
      show it.""",
-     ["digits recall pairs_w1 > recon_w1", "digits fid pairs_w1 < recon_w1"], ""),
+     ["digits recall pairs_w1 > recon_w1", "digits fid pairs_w1 < recon_w1",
+      "photos recall photos_w1 > photos_recon_w1", "photos fid photos_w1 < photos_recon_w1"],
+     """`photos`: a page is 100 crops of one of 18 photographs (scikit-image's), a fifth of them held out."""),
     ("Cross-attention on local tokens beats FiLM on the global embedding",
      """Attending to the encoder's local tokens gives a lower FID than modulating by its global embedding.""",
      ["digits fid tokens_w1 < film_w1", "digits recall tokens_w1 > film_w1", "digits precision tokens_w1 > film_w1"],
@@ -161,7 +196,7 @@ CLAIMS = [
      """A page is ten writings of a digit, a planted stranger and a planted near-duplicate. `pairs` is filtered at both ends."""),
     ("A stronger encoder helps",
      """With the decoder fixed, better and larger frozen encoders give a lower FID.""",
-     ["digits fid pairs_w1 < random_w1", "digits fid lite2_w1 < pairs_w1"],
+     ["digits fid pairs_w1 < random_w1", "digits fid lite2_w1 < pairs_w1", "photos fid photos_w1 < photos_random_w1"],
      """`pairs` sees EfficientNet-Lite0, `lite2` Lite2, `random` Lite0 with random weights, all at 128 px; the pairs are the same,
      and so is the encoder that scores (Lite0)."""),
     ("A larger decoder helps",
@@ -227,14 +262,16 @@ encoder in the training loop of 03 and 04, whose point is that embeddings are fr
 def score(runs):
     """{(set, samples, seed): row of 06} of everything that is there, scored by 06 (again if there are new samples)."""
     found = {}
-    for shown in ("digits", "emoji", "fullset", "twostage"):
+    for shown in (*SETS, "twostage"):
+        data, flags = SETS.get(shown, ("digits", ""))
         folders = sorted(path.parent for path in runs.glob(f"[0-9]*/{shown}/*/data.json"))
         scores = runs / "scores" / shown / "metrics.json"
         if not folders:
             continue
         if not scores.exists() or max(os.path.getmtime(f / "data.json") for f in folders) > os.path.getmtime(scores):
-            script(f"06_fewshot_metrics.py --data {runs / ('emoji' if shown == 'emoji' else 'digits')} --out {scores.parent} "
-                   f"{'--protocol fullset' if shown == 'fullset' else ''} --samples {' '.join(map(str, folders))}")
+            protocol = flags if "--protocol" in flags else ""
+            script(f"06_fewshot_metrics.py --data {runs / data} --out {scores.parent} {protocol} "
+                   f"--samples {' '.join(map(str, folders))}")
         for row in json.loads(scores.read_text()):
             if row["reference"] != "seen" and "folder" in row:
                 folder = Path(row["folder"])
@@ -317,8 +354,9 @@ def main():
     args = p.parse_args()
     if args.action == "write":
         return write(args.runs, ROOT / "docs" / "claims.md")
-    for name in dict.fromkeys(MODELS[name][0] for name in args.models):
-        prepare(args.runs, name)
+    shown = [SETS[shown][0] for name in args.models for shown, _ in SAMPLED.get(name, [])]
+    for folder in dict.fromkeys([MODELS[name][0] for name in args.models] + shown):
+        prepare(args.runs, folder)
     with ThreadPoolExecutor(args.jobs) as pool:
         for done in [pool.submit(chain, args.runs, seed, name) for seed in args.seeds for name in args.models]:
             done.result()
