@@ -8,12 +8,17 @@ same folder: SEED/dial.pt, SEED/GROUP/SET. A repeated command goes on where it s
     python benchmarks/beyond.py write                      # docs/beyond.md from what is there
 """
 import json
-import sys
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import claims
+import matplotlib
 import numpy as np
+import report
 from scipy.stats import spearmanr
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
 
 DIAL = (1, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6)
 VARIANTS = {"plain": "", "tcfg": "--tcfg", "cads": "--cads 0.25", "interval": "--guidance-interval -2 4"}
@@ -58,62 +63,65 @@ def score(runs, group):
     return json.loads((scores / "metrics.json").read_text()), (scores / "metrics.txt").read_text()
 
 
-def over_seeds(rows, key):
-    """{setting: [values of `key` over seeds]} of rows, setting: (variant, similarity or steps)."""
+def curves(rows, *keys):
+    """{variant: {similarity or steps: [mean and s.d. of each key over seeds]}}, in order."""
     found = {}
     for row in rows:
-        point = row["similarity"][0] if row.get("similarity") else row.get("sample_steps")
-        found.setdefault((row.get("variant") or "ddpm", point), []).append(row[key])
-    return found
+        point = row["similarity"][0] if row.get("similarity") else row["sample_steps"]
+        found.setdefault(row.get("variant") or "ddpm", {}).setdefault(point, []).append([row[key] for key in keys])
+    return {variant: {point: (np.mean(values, 0), np.std(values, 0, ddof=1) if len(values) > 1 else np.zeros(len(keys)))
+                      for point, values in sorted(points.items())} for variant, points in found.items()}
 
 
-def plots(rows, folder):
-    """beyond_dial.png: achieved against requested similarity; beyond_steps.png: FID against steps."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    for group, key, what in (("dial", "copy", ("requested similarity", "achieved: mean cosine to the condition")),
-                             ("steps", "fid", ("steps", "FID"))):
-        own = [row for row in rows.get(group, []) if row.get("similarity") or group == "steps" and "folder" in row]
-        if not own:
-            continue
-        figure, axes = plt.subplots(figsize=(5.5, 4.5), layout="constrained")
-        found = over_seeds(own, key)
-        for variant in dict.fromkeys(variant for variant, _ in found):
-            points = sorted(point for v, point in found if v == variant)
-            values = [found[variant, point] for point in points]
-            bars = [np.std(v, ddof=1) if len(v) > 1 else 0 for v in values]
-            axes.errorbar(points, [np.mean(v) for v in values], bars, fmt="o-", label=variant)
-        axes.set(xlabel=what[0], ylabel=what[1])
-        if group == "steps":
+def plot_dial(rows, path):
+    """Achieved against requested similarity."""
+    figure, axes = plt.subplots(figsize=(5, 4.2), layout="constrained")
+    points = curves([row for row in rows if row.get("similarity")], "copy")["ddpm"]
+    mean, spread = np.array(list(points.values()))[..., 0].T
+    axes.errorbar(list(points), mean, spread, fmt="o-")
+    axes.plot([min(points), 1], [min(points), 1], ":k", linewidth=0.8)
+    axes.set(xlabel="requested similarity", ylabel="achieved: mean cosine to the condition")
+    figure.savefig(path, dpi=120)
+
+
+def plot_steps(rows, path):
+    """FID against steps, and against the time of an image."""
+    figure, panels = plt.subplots(1, 2, figsize=(9, 4.2), layout="constrained", sharey=True)
+    for variant, points in curves([row for row in rows if "folder" in row], "fid", "ms_image").items():
+        (fid, time), (spread, _) = np.array(list(points.values())).transpose(1, 2, 0)
+        for axes, x in zip(panels, (list(points), time)):
+            axes.errorbar(x, fid, spread, fmt="o-", label=variant)
             axes.set_xscale("log", base=2)
-            axes.legend(frameon=False)
-        else:
-            axes.plot([min(DIAL), 1], [min(DIAL), 1], ":k", linewidth=0.8)
-        figure.savefig(folder / f"beyond_{group}.png", dpi=120)
-        plt.close(figure)
+    panels[0].set(xlabel="steps", ylabel="FID", xticks=STEPS, xticklabels=STEPS)
+    panels[1].set(xlabel="ms an image, on one core")
+    panels[0].legend(frameon=False)
+    figure.savefig(path, dpi=120)
 
 
 def write(runs, page):
     """Score, plot, and replace the tables between the marks of the page."""
-    rows, text = {}, page.read_text()
+    rows, tables, folder = {}, {}, page.parent
     for group in GROUPS:
         if not list(runs.glob(f"[0-9]*/{group}/*/data.json")):
             continue
         rows[group], table = score(runs, group)
-        before, start, rest = text.partition(f"<!-- {group} -->\n")
-        if not start or "<!-- end -->" not in rest:
-            sys.exit(f"{page} has no place for {group}; mark it by lines <!-- {group} --> and <!-- end -->")
         if group == "dial":
             asked, got = zip(*((row["similarity"][0], row["copy"]) for row in rows[group] if row.get("similarity")))
             rank = spearmanr(asked, got).statistic
             table += f"\nSpearman of requested and achieved similarity: {rank:.3f} over {len(got)} sets\n"
-        text = f"{before}{start}```\n{table}```\n{rest[rest.index('<!-- end -->'):]}"
-    page.write_text(text)
-    plots(rows, page.parent)
+        tables[group] = f"```\n{table}```"
+    report.write(page, report.fill(page.read_text(), tables))
     for group in rows.keys() & {"dial", "guidance"}:
-        (page.parent / f"beyond_{group}_precision_recall.png").write_bytes((runs / "scores" / group / "metrics.png").read_bytes())
-    print(f"wrote {page}")
+        shutil.copy(runs / "scores" / group / "metrics.png", folder / f"beyond_{group}_precision_recall.png")
+    if "dial" in rows:
+        plot_dial(rows["dial"], folder / "beyond_dial.png")
+        sheet = runs / "0" / "dial_sheet"
+        if not (sheet / "samples.npy").exists():
+            claims.script(f"05_sample.py --data {runs / 'digits'} --checkpoint {runs}/0/dial.pt --out {sheet} --seed 0 "
+                          f"--variations {len(DIAL)} --similarity {' '.join(map(str, DIAL))}")
+        shutil.copy(sheet / "sheet.png", folder / "beyond_dial_sheet.png")
+    if "steps" in rows:
+        plot_steps(rows["steps"], folder / "beyond_steps.png")
 
 
 def main():

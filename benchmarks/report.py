@@ -25,8 +25,8 @@ def parse(p, script):
     args = p.parse_args()
     if args.write and not args.write.is_file():
         p.error(f"{args.write} is not a page; give docs/benchmarks.md")
-    if args.write and f"<!-- {script} -->\n" not in args.write.read_text():
-        p.error(f"{args.write} has no place for this table; mark it by lines <!-- {script} --> and <!-- end -->")
+    if args.write:
+        fill(args.write.read_text(), {script: ""})
     return args
 
 
@@ -57,6 +57,29 @@ def machine(**more):
     return ", ".join([system, *(f"{key} {value}" for key, value in more.items())])
 
 
+def fill(page, sections):
+    """The text of a page with what stands between `<!-- NAME -->` and `<!-- end -->` replaced by sections[NAME], for each NAME.
+
+    Exits with one line if a section has no place.
+    """
+    for name, text in sections.items():
+        before, start, rest = page.partition(f"<!-- {name} -->\n")
+        _, end, after = rest.partition("<!-- end -->")
+        if not end:
+            print(f"error: the page has no place for {name}; mark it by lines <!-- {name} --> and <!-- end -->", file=sys.stderr)
+            sys.exit(2)
+        page = f"{before}{start}{text}\n{end}{after}"
+    return page
+
+
+def write(path, page):
+    """A page, by a rename."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(page)
+    temporary.replace(path)
+    print(f"wrote {path}")
+
+
 def run(*command):
     """Run a Python script in a process of its own; exits with its last line if it fails. Returns its last line of output."""
     done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True)
@@ -76,12 +99,8 @@ def finish(args, script, about, parts, rows):
         args.out.write_text(json.dumps(dict(machine=about, rows=rows), indent=1))
         print(f"wrote {args.out}")
     if args.write:
-        before, start, rest = args.write.read_text().partition(f"<!-- {script} -->\n")
-        _, end, after = rest.partition("<!-- end -->")
         threads = os.environ.get("OMP_NUM_THREADS")
         words = [f"OMP_NUM_THREADS={threads}"] * bool(threads)
         words += ["python", f"benchmarks/{script}.py", *map(shlex.quote, sys.argv[1:])]
-        temporary = args.write.with_suffix(".tmp")
-        temporary.write_text(f"{before}{start}```\n{' '.join(words)}\n```\n\n{about}\n\n{text}\n{end}{after}")
-        temporary.replace(args.write)
-        print(f"wrote {args.write}")
+        section = f"```\n{' '.join(words)}\n```\n\n{about}\n\n{text}"
+        write(args.write, fill(args.write.read_text(), {script: section}))

@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import common  # noqa: E402
-import system  # noqa: E402
+import report  # noqa: E402
 
 PRESETS, PAPERS = ["emoji64", "semantica64", "semantica256"], ["semantica64", "semantica256"]
 GiB = 2 ** 30
@@ -389,17 +389,6 @@ def parse(argv=None):
     return args
 
 
-def fill(page, tables):
-    """The page with each `<!-- NAME -->...<!-- end -->` filled with tables[NAME]; exits with one line if a table has no place."""
-    for name, text in tables.items():
-        before, start, rest = page.partition(f"<!-- {name} -->\n")
-        _, end, after = rest.partition("<!-- end -->")
-        if not end:
-            system.die(f"the page has no place for the table {name}; mark it by lines <!-- {name} --> and <!-- end -->")
-        page = f"{before}{start}{text}\n{end}{after}"
-    return page
-
-
 def make_tables(args):
     """{name: Markdown} of every table."""
     counts = {name: count(common.PRESETS[name], tuple(args.tokens), args.cls) for name in PRESETS}
@@ -410,10 +399,7 @@ def main():
     args = parse()
     tables = make_tables(args)
     if args.write:
-        page = fill(args.write.read_text(), tables)
-        with system.writing(args.write) as f:
-            f.write(page.encode())
-        print(f"wrote {args.write}")
+        report.write(args.write, report.fill(args.write.read_text(), tables))
     else:
         print("\n\n".join(f"{name}\n\n{text}" for name, text in tables.items()))
 
