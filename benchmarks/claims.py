@@ -53,7 +53,8 @@ SETS = {"digits": ("digits", ""), "fullset": ("digits", "--protocol fullset"), "
 # name: (set, guidance) of all that is sampled from it. Every other model: the digits, w = 1.
 SAMPLED = {**dict.fromkeys(("recon", "pairs"), [*(("digits", w) for w in (1, 0, 2, 4)), ("fullset", 1)]),
            **dict.fromkeys(("web", "classes"), [("digits", 1), ("emoji", 1)]),
-           **dict.fromkeys(("photos", "photos_recon", "photos_random"), [("photos", 1)])}
+           "photos": [("photos", w) for w in (1, 0, 2, 4)],
+           **dict.fromkeys(("photos_recon", "photos_random"), [("photos", 1)])}
 # Data folders with another encoder, and the folder whose images and pairs they have.
 ENCODERS = {"lite2": ("efficientnet_lite2", "digits"), "random": ("random", "digits"), "photos_random": ("random", "photos")}
 # Functions of skimage.data.
@@ -205,8 +206,9 @@ CLAIMS = [
      """`small` has channels 16, 32, 64 in place of 32, 64, 192."""),
     ("Guidance raises precision and lowers recall; FID has an optimum",
      """More guidance makes samples more typical and less diverse; the best FID lies at a moderate guidance.""",
-     [f"digits {what}" for m in ("recon", "pairs") for what in (
-         f"precision {m}_w2 > {m}_w0", f"recall {m}_w2 < {m}_w0", f"fid {m}_w1 < {m}_w0", f"fid {m}_w1 < {m}_w4")],
+     [what for shown, m in (("digits", "recon"), ("digits", "pairs"), ("photos", "photos")) for what in (
+         f"{shown} precision {m}_w2 > {m}_w0", f"{shown} recall {m}_w2 < {m}_w0", f"{shown} fid {m}_w1 < {m}_w0",
+         f"{shown} fid {m}_w1 < {m}_w4")],
      """The curves: ![precision against recall over guidance](claims_guidance.png)"""),
     ("Label-grouped training wins on its own classes and loses on pages it never saw",
      """Grouping images by class label in place of web page gives a better FID on the classes of that data set and a worse one
