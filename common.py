@@ -185,7 +185,7 @@ def ddim_step(z, x_hat, logsnr_t, logsnr_s, noise, before=None):
 def dpm_solver_step(z, x_hat, logsnr_t, logsnr_s, noise, before=None):
     """DPM-Solver++(2M): DDIM with x_hat extrapolated along logsnr from the step before ([DPM++] algorithm 2).
 
-    h = (logsnr_s - logsnr_t) / 2, r = h before / h; D = x_hat + (x_hat - x_hat before) / 2 r; z_s = sigma_s / sigma_t z -
+    h = (logsnr_s - logsnr_t) / 2, r = h before / h; D = x_hat + (x_hat - x_hat before) / (2 r); z_s = sigma_s / sigma_t z -
     alpha_s expm1(-h) D. The first step, with nothing before it, is DDIM's.
     """
     if before is not None:
