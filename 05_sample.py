@@ -10,7 +10,7 @@ DDPM ancestral sampling under classifier-free guidance, (1 + w) cond - w uncond 
 depends on (seed, i, j) alone, not on the batch size or the number of processes.
 
 Beyond the papers: --sampler ddim and dpm++ for few steps; --guidance-interval, --cads and --tcfg, which change guidance;
---similarity for a model of 04 --dial (of several values variation j takes the j-th, over and over: sheet.png then shows the dial).
+--similarity for a model of 04 --dial (of several values variation j takes the j-th, over and over: sheet.png shows the dial).
 
     python 05_sample.py --checkpoint runs/digits16/pairs.pt --guidance 1
     python 05_sample.py --data runs/imagenet --checkpoint runs/web/pairs.pt --protocol imagenet-oneshot    # 1,000 x 10
@@ -105,7 +105,7 @@ def main():
                 condition["similarity"] = dial[batch[:, 1] % len(dial)]
             how = dict(interval=args.guidance_interval, damped=args.tcfg)
             if args.cads:
-                others = [common.generator(device, args.seed, i, j, 1) for i, j in batch.tolist()]      # the image's stay the same
+                others = [common.generator(device, args.seed, i, j, 1) for i, j in batch.tolist()]
                 how["anneal"] = common.cads(model, config, lambda y: common.randn(others, y.shape[1:]), args.cads)
             images = common.sample(model, config, condition, args.guidance, noise, args.sample_steps, args.amp, args.sampler,
                                    **how)
