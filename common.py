@@ -123,9 +123,10 @@ def guide(model, guidance, interval=None, damped=False, anneal=None, **condition
 def damp(v_cond, v_null, z, logsnr):
     """v_null with its eps_hat projected on the first right singular vector of the two eps_hat, a and b, of each image ([TCFG]).
 
-    It is along f = cos(u) a + sin(u) b with tan(2 u) = 2 a.b / (a.a - b.b). As a = (f - sin(u) (b - a)) / (cos(u) + sin(u)),
-    what the projection takes away is a multiple of the part of b - a that is orthogonal to f. Where a and b are of equal length
-    the multiple is 1/2, and guidance w nearly w / 2.
+    That vector is f = cos(u) a + sin(u) b with tan(2 u) = 2 a.b / (a.a - b.b), and a the eps_hat of v_null. a and b are nearly
+    alike at high noise, so that (a.f / f.f) f - a cancels; as a = (f - sin(u) (b - a)) / (cos(u) + sin(u)), what the projection
+    adds is written here as a share of the part of b - a orthogonal to f. The share is 1/2 where a and b are of equal length, and
+    guidance w then nearly w / 2.
     """
     def dot(x, y):
         return (x * y).sum((1, 2, 3), keepdim=True)                    # [B, 1, 1, 1]

@@ -124,7 +124,7 @@ def gaussian(mean, std):
 
 @pytest.mark.parametrize("sampler, order", [("ddim", 1), ("dpm++", 2)])
 def test_samplers_without_noise_follow_the_closed_form_path(sampler, order):
-    """Of a Gaussian: the error falls like 1 / steps^order; DPM-Solver++'s first step is DDIM's."""
+    """Of a Gaussian: the error falls like 1 / steps^order."""
     denoise, path = gaussian(0.3, 0.5)
     z, ends = torch.tensor([-1.5, 0.2, 2.0], dtype=torch.float64)[:, None, None, None], lambda t: 6 - 12 * t.double()
 
@@ -139,10 +139,15 @@ def test_samplers_without_noise_follow_the_closed_form_path(sampler, order):
 
     coarse, fine = error(64), error(128)
     assert fine < 0.02 and coarse / fine == pytest.approx(2**order, rel=0.15)
-    if sampler == "dpm++":
-        step = z, 0.5 * z, torch.tensor([-1.0]), torch.tensor([1.0]), None
-        torch.testing.assert_close(common.dpm_solver_step(*step), common.ddim_step(*step))
-        assert not torch.allclose(common.dpm_solver_step(*step, before=(z, torch.tensor([-2.0]))), common.ddim_step(*step))
+
+
+def test_dpm_solver_extrapolates_to_the_middle_of_the_step():
+    """Begins with DDIM; then, of an x_hat linear in logsnr, it is DDIM with x_hat halfway, however long the step before was."""
+    z, last, now, then = torch.randn(2, 3, 4, 4), torch.tensor([-4.0]), torch.tensor([-1.0]), torch.tensor([1.0])
+    step, x_hat = (now, then, None), lambda logsnr: 0.1 * logsnr * z + 0.2  # noqa: E731
+    torch.testing.assert_close(common.dpm_solver_step(z, x_hat(now), *step), common.ddim_step(z, x_hat(now), *step))
+    found = common.dpm_solver_step(z, x_hat(now), *step, before=(x_hat(last), last))
+    torch.testing.assert_close(found, common.ddim_step(z, x_hat((now + then) / 2), *step))
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "dpm++"])
@@ -247,6 +252,25 @@ def test_guidance_zero_is_conditional_and_minus_one_unconditional():
     torch.testing.assert_close(v[0], model(z, logsnr, **condition))
     torch.testing.assert_close(v[-1], model(z, logsnr, drop=drop, **condition))
     torch.testing.assert_close(v[1], 2 * v[0] - v[-1], atol=1e-5, rtol=1e-4)
+
+
+def test_a_sample_is_the_papers_by_default():
+    """sample() without further words: the ancestral loop, written out, of (1 + w) cond - w null with x_hat clipped."""
+    model, (_, _, condition), steps, w = random_unet("both"), inputs(), 6, 1.5
+    config = dict(network=dict(size=8), noise_size=8, time_power=1)
+    draws = [torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(i)) for i in range(steps)]
+    found = common.sample(model, config, condition, w, iter(draws).__next__, steps, "none")
+    z, null = draws[0], torch.ones(3, dtype=torch.bool)
+    logsnr = common.logsnr_schedule(torch.linspace(1, 0, steps + 1), 8, 8)
+    for i in range(steps):
+        (alpha, sigma), here = common.alpha_sigma(logsnr[i:i + 1]), logsnr[i].expand(3)
+        v = (1 + w) * model(z, here, **condition) - w * model(z, here, drop=null, **condition)
+        x_hat = (alpha * z - sigma * v).clamp(-1, 1)
+        if i < steps - 1:
+            (alpha_s, sigma_s), r = common.alpha_sigma(logsnr[i + 1:i + 2]), (logsnr[i] - logsnr[i + 1]).exp()
+            std = (1 - r).sqrt() * sigma ** 0.2 * sigma_s ** 0.8
+            z = r * alpha_s / alpha * z + (1 - r) * alpha_s * x_hat + std * draws[i + 1]
+    assert abs(found.astype(int) - common.to_uint8(x_hat).astype(int)).max() <= 1 and found.std() > 10
 
 
 def random_unet(cond):
