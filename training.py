@@ -113,7 +113,7 @@ class PairBatches(torch.utils.data.Dataset):
                      drop=torch.from_numpy(drop[self.mine]), **self.data.embeddings(condition, self.args.cond, "cpu"))
         if self.dial:
             a, b = (torch.from_numpy(np.asarray(self.data.cls[i])) for i in (condition, target))
-            dropped = torch.from_numpy((rng.random(n) < self.args.cond_drop)[self.mine])         # independently of `drop`
+            dropped = torch.from_numpy((rng.random(n) < self.args.cond_drop)[self.mine])         # besides where `drop` is
             batch["similarity"] = torch.cosine_similarity(a, b).masked_fill(dropped, math.nan)
         return batch
 

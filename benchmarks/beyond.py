@@ -9,7 +9,6 @@ same folder: SEED/dial.pt, SEED/GROUP/SET. A repeated command goes on where it s
 """
 import json
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 
 import claims
 import matplotlib
@@ -93,7 +92,7 @@ def plot_steps(rows, path):
             axes.errorbar(x, fid, spread, fmt="o-", label=variant)
             axes.set_xscale("log", base=2)
     panels[0].set(xlabel="steps", ylabel="FID", xticks=STEPS, xticklabels=STEPS)
-    panels[1].set(xlabel="ms an image, on one core")
+    panels[1].set(xlabel="ms an image (one core, another job on the other)")
     panels[0].legend(frameon=False)
     figure.savefig(path, dpi=120)
 
@@ -115,9 +114,10 @@ def write(runs, page):
         shutil.copy(runs / "scores" / group / "metrics.png", folder / f"beyond_{group}_precision_recall.png")
     if "dial" in rows:
         plot_dial(rows["dial"], folder / "beyond_dial.png")
-        sheet = runs / "0" / "dial_sheet"
+        first = min(runs.glob("[0-9]*/dial.pt")).parent
+        sheet = first / "dial_sheet"
         if not (sheet / "samples.npy").exists():
-            claims.script(f"05_sample.py --data {runs / 'digits'} --checkpoint {runs}/0/dial.pt --out {sheet} --seed 0 "
+            claims.script(f"05_sample.py --data {runs / 'digits'} --checkpoint {first}/dial.pt --out {sheet} --seed {first.name} "
                           f"--variations {len(DIAL)} --similarity {' '.join(map(str, DIAL))}")
         shutil.copy(sheet / "sheet.png", folder / "beyond_dial_sheet.png")
     if "steps" in rows:
@@ -133,11 +133,10 @@ def main():
         return write(args.runs, claims.ROOT / "docs" / "beyond.md")
     wanted = [(seed, group, name) for seed in args.seeds for group in args.groups for name in GROUPS[group]
               if group != "steps" or int(name.rsplit("_", 1)[1]) <= args.steps]
-    with ThreadPoolExecutor(args.jobs) as pool:
-        for ready in (False, True):                                    # the dials, and what needs none; then what does
-            tasks = [pool.submit(train_dial, args.runs, seed) for seed in args.seeds if "dial" in args.groups and not ready]
-            for task in tasks + [pool.submit(sample, args.runs, *what) for what in wanted if (what[1] == "dial") == ready]:
-                task.result()
+    dials = [(train_dial, args.runs, seed) for seed in args.seeds if "dial" in args.groups]
+    for calls in (dials + [(sample, args.runs, *what) for what in wanted if what[1] != "dial"],        # those that need no dial
+                  [(sample, args.runs, *what) for what in wanted if what[1] == "dial"]):
+        claims.side_by_side(args.jobs, calls)
 
 
 if __name__ == "__main__":

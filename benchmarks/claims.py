@@ -4,7 +4,7 @@ Everything goes through the scripts' command lines and files, below runs/claims:
 A repeated command goes on where it stopped. Two chains of commands run side by side, one thread each; a seed takes most of an
 hour on two cores.
 
-    pip install -r requirements-dev.txt                              # scikit-image, for its photographs
+    pip install -r requirements-dev.txt                              # Lite2's weights, scikit-image's photographs
     python benchmarks/claims.py run                                  # all models, seeds 0 1 2
     python benchmarks/claims.py run --seeds 0 --models recon pairs   # some of it
     python benchmarks/claims.py write                                # docs/claims.md from what is there
@@ -17,7 +17,7 @@ import statistics
 import subprocess
 import sys
 import textwrap
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +52,7 @@ SETS = {"digits": ("digits", ""), "fullset": ("digits", "--protocol fullset"), "
         "photos": ("photos", "--variations 30")}
 # name: (set, guidance) of all that is sampled from it. Every other model: the digits, w = 1.
 SAMPLED = {**dict.fromkeys(("recon", "pairs"), [*(("digits", w) for w in (1, 0, 2, 4)), ("fullset", 1)]),
-           **dict.fromkeys(("web", "classes"), [("digits", 1), ("emoji", 1)]),
+           **dict.fromkeys(("web", "classes"), [("digits", 1), ("emoji", 1), ("photos", 1)]),
            "photos": [("photos", w) for w in (1, 0, 2, 4)],
            **dict.fromkeys(("photos_recon", "photos_random"), [("photos", 1)])}
 # Data folders with another encoder, and the folder whose images and pairs they have.
@@ -68,6 +68,17 @@ def script(line):
                           capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"python {line}\n{done.stderr[-2000:]}")
+
+
+def side_by_side(jobs, calls):
+    """Make the calls (function, *arguments), so many at a time, in threads; the first error stops what has not begun."""
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            for done in as_completed([pool.submit(*call) for call in calls]):
+                done.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def link(source, target, names):
@@ -180,13 +191,15 @@ CLAIMS = [
      its training ends.""",
      ["digits copy recon_half_w1 > pairs_half_w1", "digits recall recon_half_w1 < pairs_half_w1",
       "digits copy recon_w1 > pairs_w1", "digits recall recon_w1 < pairs_w1"],
-     f"""`_half` is trained for {STEPS // 2} steps, the others for {STEPS}. copy: mean cosine of a sample and its condition."""),
+     f"""`_half` is a training of {STEPS // 2} steps, its learning rate going to zero sooner, the others of {STEPS}. copy: mean
+     cosine of a sample and its condition."""),
     ("Pairs give variations: higher few-shot recall, lower few-shot FID",
      """Trained on two images of one web page, the same network draws diverse images of the same kind; few-shot FID and recall
      show it.""",
      ["digits recall pairs_w1 > recon_w1", "digits fid pairs_w1 < recon_w1",
       "photos recall photos_w1 > photos_recon_w1", "photos fid photos_w1 < photos_recon_w1"],
-     """`photos`: a page is 100 crops of one of 18 photographs (scikit-image's), a fifth of them held out."""),
+     """`photos`: a page is 100 random squares of one of 18 photographs (scikit-image's), which may overlap; a fifth is held out.
+     18 conditions, 30 samples each, 342 references."""),
     ("Cross-attention on local tokens beats FiLM on the global embedding",
      """Attending to the encoder's local tokens gives a lower FID than modulating by its global embedding.""",
      ["digits fid tokens_w1 < film_w1", "digits recall tokens_w1 > film_w1", "digits precision tokens_w1 > film_w1"],
@@ -213,9 +226,10 @@ CLAIMS = [
     ("Label-grouped training wins on its own classes and loses on pages it never saw",
      """Grouping images by class label in place of web page gives a better FID on the classes of that data set and a worse one
      on other data sets.""",
-     ["digits fid classes_w1 < web_w1", "emoji fid web_w1 < classes_w1", "emoji recall web_w1 > classes_w1"],
-     """`web` has pages of ten digits and pages of OpenMoji, `classes` one page for each digit; `emoji` are OpenMoji's held-out
-     pictures, new to both."""),
+     ["digits fid classes_w1 < web_w1", "photos fid web_w1 < classes_w1", "photos recall web_w1 > classes_w1",
+      "emoji fid web_w1 < classes_w1", "emoji recall web_w1 > classes_w1"],
+     """`web` has pages of ten digits and pages of OpenMoji, `classes` one page for each digit. `photos` are new to both; `emoji`
+     are held-out pictures of pages that `web` has seen."""),
     ("Full-set FID and instance similarity reward the copier; the few-shot protocol does not",
      """Where references contain the conditions, and where a sample is compared with its condition, a copy scores best; few-shot
      metrics put the model that varies first.""",
@@ -225,7 +239,7 @@ CLAIMS = [
     ("2SDM beats the unconditional model at equal budget",
      """Sampling an embedding first improves FID by 25 to 50% (from the abstract).""",
      ["twostage fid 2sdm < unconditional", "twostage recall 2sdm > unconditional", "twostage precision 2sdm > unconditional"],
-     """1,000 steps, 1,000 samples a row: `make twostage`."""),
+     ""),
     ("The oracle: embeddings of real images give the best images",
      """Given the embeddings of real images, which no sampler has, FID is lower still: the bound of a perfect prior.""",
      ["twostage fid oracle < unconditional", "twostage fid oracle < 2sdm"], ""),
@@ -236,14 +250,16 @@ CLAIMS = [
     ("The prior costs little, and fewer image steps pay for it",
      """The prior is a small share of the sampling time; with fewer image steps 2SDM takes no longer than the baseline and is
      still better.""",
-     ["twostage fid 2sdm_fewer_steps < unconditional", "twostage prior_share 2sdm < 0.2"],
-     """prior_share: of the time an image takes, measured while sampling."""),
+     ["twostage fid 2sdm_fewer_steps < unconditional", "twostage ms_image 2sdm_fewer_steps < unconditional",
+      "twostage prior_share 2sdm < 0.2"],
+     """ms_image: the time an image takes, on one core; prior_share: of it. Measured while sampling."""),
 ]
 INTRODUCTION = f"""# The papers' claims, measured again
 
 Written by `python benchmarks/claims.py write`, after `python benchmarks/claims.py run`: the numbered scripts on the digits at
 16 px, {STEPS} steps of {BATCH} images a model unless it says otherwise, w = 1, ten held-out conditions with 60 samples each
-against the 990 other held-out digits; mean ± s.d. over the seeds of training and sampling. FID is in features of Lite0 at
+against the 990 other held-out digits; mean ± s.d. over the seeds of training and sampling. Of 2SDM (10 to 13): 1,000 steps of
+32, 1,000 samples a row against the 1,000 held-out digits, w = 0 (`make twostage`). FID is in features of Lite0 at
 128 px: directions can be compared with the papers, levels cannot. Their tables were not at hand; where an abstract gives a
 figure it is quoted.
 
@@ -270,7 +286,9 @@ def score(runs):
         scores = runs / "scores" / shown / "metrics.json"
         if not folders:
             continue
-        if not scores.exists() or max(os.path.getmtime(f / "data.json") for f in folders) > os.path.getmtime(scores):
+        newest = max(os.path.getmtime(f / "data.json") for f in folders)
+        scored = json.loads(scores.read_text()) if scores.exists() and os.path.getmtime(scores) > newest else []
+        if {row["folder"] for row in scored if "folder" in row} != set(map(str, folders)):
             protocol = flags if "--protocol" in flags else ""
             script(f"06_fewshot_metrics.py --data {runs / data} --out {scores.parent} {protocol} "
                    f"--samples {' '.join(map(str, folders))}")
@@ -290,7 +308,7 @@ def figures(rows, shown, samples, metric):
 
 def summary(values, metric):
     """Mean +- s.d. (n - 1) as the page prints it."""
-    digits = 1 if metric == "fid" else 3
+    digits = 1 if metric in ("fid", "ms_image") else 3
     spread = f" ± {statistics.stdev(values):.{digits}f}" if len(set(values)) > 1 else ""
     return f"{statistics.mean(values):.{digits}f}{spread}"
 
@@ -319,8 +337,8 @@ def claim(rows, comparisons):
             means = [summary([values[s] for s in seeds], metric) for values in (first, second)]
             cells = shown, metric, f"`{one}` {sign} `{other}`", *means, f"{sum(holds)} of {len(seeds)}"
             lines.append(f"| {' | '.join(cells)} |")
-    seeds = max(map(len, outcomes))
-    return verdict(outcomes) + (f" ({seeds} seed{'s' * (seeds > 1)} only)" if 0 < seeds < 3 else ""), lines
+    seeds = min(filter(None, map(len, outcomes)), default=3)
+    return verdict(outcomes) + (f" ({seeds} seed{'s' * (seeds > 1)} only)" if seeds < 3 else ""), lines
 
 
 def write(runs, page):
@@ -335,8 +353,8 @@ def write(runs, page):
     page.write_text("\n".join([INTRODUCTION, *titles, "", *body, LEFT_OUT]))
     both = [str(path.parent) for name in ("recon", "pairs") for path in sorted(runs.glob(f"[0-9]*/digits/{name}_w*/data.json"))]
     if both:
-        script(f"06_fewshot_metrics.py --data {runs / 'digits'} --out {runs / 'scores' / 'guidance'} --samples {' '.join(both)}")
-        shutil.copy(runs / "scores" / "guidance" / "metrics.png", page.with_name("claims_guidance.png"))
+        script(f"06_fewshot_metrics.py --data {runs / 'digits'} --out {runs / 'scores' / 'curves'} --samples {' '.join(both)}")
+        shutil.copy(runs / "scores" / "curves" / "metrics.png", page.with_name("claims_guidance.png"))
     print(f"wrote {page}")
 
 
@@ -359,9 +377,7 @@ def main():
     shown = [SETS[shown][0] for name in args.models for shown, _ in SAMPLED.get(name, [])]
     for folder in dict.fromkeys([MODELS[name][0] for name in args.models] + shown):
         prepare(args.runs, folder)
-    with ThreadPoolExecutor(args.jobs) as pool:
-        for done in [pool.submit(chain, args.runs, seed, name) for seed in args.seeds for name in args.models]:
-            done.result()
+    side_by_side(args.jobs, [(chain, args.runs, seed, name) for seed in args.seeds for name in args.models])
 
 
 if __name__ == "__main__":
