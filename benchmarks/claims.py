@@ -190,7 +190,7 @@ CLAIMS = [
      """A network trained to reconstruct an image from its frozen embedding draws that image again with small changes, long before
      its training ends.""",
      ["digits copy recon_half_w1 > pairs_half_w1", "digits recall recon_half_w1 < pairs_half_w1",
-      "digits copy recon_w1 > pairs_w1", "digits recall recon_w1 < pairs_w1"],
+      "digits copy recon_w1 > pairs_w1", "digits recall recon_w1 < pairs_w1", "photos copy photos_recon_w1 > photos_w1"],
      f"""`_half` is a training of {STEPS // 2} steps, its learning rate going to zero sooner, the others of {STEPS}. copy: mean
      cosine of a sample and its condition."""),
     ("Pairs give variations: higher few-shot recall, lower few-shot FID",
