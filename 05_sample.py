@@ -40,6 +40,8 @@ def main():
     p.add_argument("--draw", type=int, default=0, help="0: the first held-out images of a page; 1, 2, ...: the next ones")
     p.add_argument("--sampler", choices=common.SAMPLERS, default="ddpm")
     p.add_argument("--sample-steps", type=int, help="steps of the sampler")
+    p.add_argument("--time-power", dest="power", type=float, metavar="P", help="their times: u^P, u even (default: the preset's)")
+    p.add_argument("--interpolation", type=float, help="of ddpm: weight of the larger posterior variance (default 0.2)")
     p.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="guide only at logsnr in between")
     p.add_argument("--cads", type=float, default=0, metavar="SCALE", help="noise on the condition while t is above 0.6")
     p.add_argument("--tcfg", action="store_true", help="tangential damping of the unconditional prediction")
@@ -58,15 +60,20 @@ def main():
     args.out = args.out or folder / "_".join(words)
     if not math.isfinite(args.guidance) or not 0 <= args.cads < math.inf or not low < high or args.draw < 0:
         system.die("expected a finite --guidance, --cads from 0, --guidance-interval with LOW < HIGH, --draw from 0")
+    if args.power is not None and not 0 < args.power < math.inf:
+        system.die(f"--time-power {args.power}: expected a number above 0")
     if not all(abs(s) <= 1 for s in args.similarity or []):
         system.die(f"--similarity {args.similarity}: expected cosines, from -1 to 1")
+    if args.interpolation is not None and (args.sampler != "ddpm" or not 0 <= args.interpolation <= 1):
+        system.die("--interpolation is of --sampler ddpm, and from 0 to 1")
+    step = partial(common.SAMPLERS[args.sampler], **{} if args.interpolation is None else dict(interpolation=args.interpolation))
     system.at_least_one(args, "variations", "sample_steps", "batch_images", *["per_page"] * (args.per_page is not None))
     if (args.out / "images.npy").exists():
         system.die(f"{args.out} holds images of 01_embed.py, not samples; choose another --out")
     device, rank, world = system.start(args.device)
 
     checkpoint, data = system.read_checkpoint(args.checkpoint), system.Data(args.data)
-    config = checkpoint["config"]
+    config = checkpoint["config"] | ({} if args.power is None else dict(time_power=args.power))
     if config.get("encoder") != data.meta["encoder"]:
         system.die(f"{args.checkpoint} was trained with the encoder {config.get('encoder')}, but {args.data} was embedded with "
                    f"{data.meta['encoder']}; run 01_embed.py --data and the folder it was trained on")
@@ -107,8 +114,7 @@ def main():
             if args.cads:
                 others = [common.generator(device, args.seed, i, j, 1) for i, j in batch.tolist()]
                 how["anneal"] = common.cads(model, config, lambda y: common.randn(others, y.shape[1:]), args.cads)
-            images = common.sample(model, config, condition, args.guidance, noise, args.sample_steps, args.amp, args.sampler,
-                                   **how)
+            images = common.sample(model, config, condition, args.guidance, noise, args.sample_steps, args.amp, step, **how)
             samples[batch[:, 0], batch[:, 1]] = images
             seconds.append((time.perf_counter() - start) / len(batch))
         samples.flush()
@@ -121,8 +127,8 @@ def main():
             about = dict(model=args.checkpoint.stem, checkpoint=str(args.checkpoint), step=checkpoint["step"],
                          variant=" ".join(variant), protocol=args.protocol, per_page=args.per_page, variations=k,
                          draw=args.draw, guidance=args.guidance,
-                         similarity=args.similarity, sample_steps=args.sample_steps, seed=args.seed,
-                         ms_image=1e3 * float(np.median(seconds)))
+                         similarity=args.similarity, sample_steps=args.sample_steps, time_power=args.power,
+                         interpolation=args.interpolation, seed=args.seed, ms_image=1e3 * float(np.median(seconds)))
             with system.writing(args.out / "samples.json") as f:
                 f.write(json.dumps(about, indent=1).encode())
             shown = np.linspace(0, len(conditions) - 1, min(len(conditions), 16)).astype(int)           # up to 16, from all over

@@ -43,7 +43,8 @@ import system
 
 CHUNK, NEIGHBOURS = 1024, 3   # rows at a time; k of precision and recall
 # Rows that are alike in these are repetitions.
-SETTINGS = ("reference", "model", "variant", "guidance", "similarity", "sample_steps", "per_page", "variations")
+SETTINGS = ("reference", "model", "variant", "guidance", "similarity", "sample_steps", "time_power", "interpolation", "per_page",
+            "variations")
 REAL = "real (train)"                                                   # the row of training images scored as samples
 
 
@@ -224,6 +225,7 @@ def table(rows, caption):
                    precision=".3f", recall=".3f", copy=".3f")
     if len({row.get("sample_steps") for row in rows if row["model"] != REAL}) > 1:
         columns |= dict(sample_steps="d", ms_image=".1f")              # what an image costs
+    columns |= {key: "g" for key in ("time_power", "interpolation") if len({row.get(key) for row in rows}) > 1}
     if any("prior_share" in row for row in rows):
         columns["prior_share"] = ".0%"
     if any(row.get("similarity") for row in rows):

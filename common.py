@@ -237,15 +237,15 @@ def to_uint8(x):
     return ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
-def sample(model, config, condition, guidance, noise, steps, amp, sampler="ddpm", **how):
+def sample(model, config, condition, guidance, noise, steps, amp, step=ddpm_step, **how):
     """uint8 images [B, S, S, 3] for embeddings `condition` of B rows; noise() -> fresh unit noise [B, 3, S, S] each time.
 
-    how: interval, damped and anneal of guide().
+    step: one of SAMPLERS. how: interval, damped and anneal of guide().
     """
     z, condition = noise(), {name: c.float() for name, c in condition.items()}
     with autocast(z.device, amp):
         denoise = guide(model, guidance, **how, **condition)
-        return to_uint8(sampling_loop(denoise, z, noise, steps, sampling_schedule(config), SAMPLERS[sampler]))
+        return to_uint8(sampling_loop(denoise, z, noise, steps, sampling_schedule(config), step))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

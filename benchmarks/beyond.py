@@ -21,14 +21,16 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 DIAL = (1, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6)
 VARIANTS = {"plain": "", "tcfg": "--tcfg", "cads": "--cads 0.25", "interval": "--guidance-interval -2 4"}
-STEPS = (4, 8, 16, 32, 64, 128)
+STEPS = (4, 8, 12, 16, 32, 64, 128)
+SAMPLERS = {"ddpm": "--sampler ddpm", "ddim": "--sampler ddim", "dpm++": "--sampler dpm++",
+            "demo": "--time-power 2 --interpolation 0"}               # as in `make demo`
 # group: {folder: (model, flags of 05_sample.py)}
 GROUPS = {
     "dial": {f"dial_w1_s{s}": ("dial", f"--similarity {s}") for s in DIAL},
     "guidance": {f"pairs_w{w}_{name}": ("pairs", f"--guidance {w} {flags}")
                  for name, flags in VARIANTS.items() for w in ((0.5,) if name == "plain" else (1, 2, 4))},
-    "steps": {f"pairs_w1_{sampler}_{n}": ("pairs", f"--sampler {sampler} --sample-steps {n}")
-              for n in STEPS for sampler in ("ddpm", "ddim", "dpm++")},
+    "steps": {f"pairs_w1_{sampler}_{n}": ("pairs", f"{flags} --sample-steps {n}")
+              for n in STEPS for sampler, flags in SAMPLERS.items()},
 }
 BESIDE = {"dial": ("recon_w0", "recon_w1", "recon_w2", "pairs_w0", "pairs_w1", "pairs_w2"),     # of claims.py, in the same table
           "guidance": ("pairs_w0", "pairs_w1", "pairs_w2", "pairs_w4"), "steps": ()}
@@ -67,7 +69,8 @@ def curves(rows, *keys):
     found = {}
     for row in rows:
         point = row["similarity"][0] if row.get("similarity") else row["sample_steps"]
-        found.setdefault(row.get("variant") or "ddpm", {}).setdefault(point, []).append([row[key] for key in keys])
+        variant = "demo" if row.get("time_power") else row.get("variant") or "ddpm"
+        found.setdefault(variant, {}).setdefault(point, []).append([row[key] for key in keys])
     return {variant: {point: (np.mean(values, 0), np.std(values, 0, ddof=1) if len(values) > 1 else np.zeros(len(keys)))
                       for point, values in sorted(points.items())} for variant, points in found.items()}
 
@@ -127,7 +130,7 @@ def write(runs, page):
 def main():
     p = claims.parser(__doc__)
     p.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
-    p.add_argument("--steps", type=int, default=128, help="most steps in the group `steps`")
+    p.add_argument("--steps", type=int, default=128, help="the most in the group `steps`")
     args = p.parse_args()
     if args.action == "write":
         return write(args.runs, claims.ROOT / "docs" / "beyond.md")

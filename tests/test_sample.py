@@ -98,9 +98,15 @@ def test_beyond_the_papers(folder, train_args, monkeypatch, capsys):
     """Each option changes the samples and is written down; a dial takes similarities in turn; a model without one says so."""
     plain = sample(monkeypatch, folder, "plain")
     for out, flags in (("ddim", ["--sampler", "ddim"]), ("dpm", ["--sampler", "dpm++"]), ("tcfg", ["--tcfg"]),
-                       ("cads", ["--cads", "0.5"]), ("band", ["--guidance-interval", "-2", "2"])):
+                       ("cads", ["--cads", "0.5"]), ("band", ["--guidance-interval", "-2", "2"]),
+                       ("power", ["--time-power", "3"]), ("small", ["--interpolation", "0"])):
         assert not np.array_equal(plain, sample(monkeypatch, folder, out, *flags)), out
     assert settings(folder / "band")["variant"] == "-2to2" and settings(folder / "plain")["variant"] == ""
+    assert (settings(folder / "power")["time_power"], settings(folder / "small")["interpolation"]) == (3, 0)
+    assert np.array_equal(plain, sample(monkeypatch, folder, "same", "--time-power", "1.5", "--interpolation", "0.2"))
+    with pytest.raises(SystemExit) as stop:
+        sample(monkeypatch, folder, "none", "--sampler", "ddim", "--interpolation", "0")
+    assert stop.value.code == 2 and "--interpolation" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stop:
         sample(monkeypatch, folder, "none", "--similarity", "0.5")
     assert stop.value.code == 2 and "dial" in capsys.readouterr().err
