@@ -223,9 +223,9 @@ def table(rows, caption):
     """The lines of metrics.txt: a line a setting, mean +- s.d. of its repetitions; the best FID of each model; a caption."""
     columns = dict(reference="", model="", guidance="g", repeats="d", n="g", m="g", fid=".2f", kid=".4f",
                    precision=".3f", recall=".3f", copy=".3f")
-    if len({row.get("sample_steps") for row in rows if row["model"] != REAL}) > 1:
-        columns |= dict(sample_steps="d", ms_image=".1f")              # what an image costs
-    columns |= {key: "g" for key in ("time_power", "interpolation") if len({row.get(key) for row in rows}) > 1}
+    differ = [key for key in ("sample_steps", "time_power", "interpolation")
+              if len({row.get(key) for row in rows if row["model"] != REAL}) > 1]
+    columns |= {key: "g" for key in differ} | ({"ms_image": ".1f"} if differ else {})                  # what an image costs
     if any("prior_share" in row for row in rows):
         columns["prior_share"] = ".0%"
     if any(row.get("similarity") for row in rows):
