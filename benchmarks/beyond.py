@@ -21,7 +21,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 DIAL = (1, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6)
 VARIANTS = {"plain": "", "tcfg": "--tcfg", "cads": "--cads 0.25", "interval": "--guidance-interval -2 4"}
-STEPS = (4, 8, 12, 16, 32, 64, 128)
+STEPS = (4, 8, 16, 32, 64, 128)
 SAMPLERS = {"ddpm": "--sampler ddpm", "ddim": "--sampler ddim", "dpm++": "--sampler dpm++",
             "demo": "--time-power 2 --interpolation 0"}               # as in `make demo`
 # group: {folder: (model, flags of 05_sample.py)}
@@ -30,7 +30,7 @@ GROUPS = {
     "guidance": {f"pairs_w{w}_{name}": ("pairs", f"--guidance {w} {flags}")
                  for name, flags in VARIANTS.items() for w in ((0.5,) if name == "plain" else (1, 2, 4))},
     "steps": {f"pairs_w1_{sampler}_{n}": ("pairs", f"{flags} --sample-steps {n}")
-              for n in STEPS for sampler, flags in SAMPLERS.items()},
+              for sampler, flags in SAMPLERS.items() for n in STEPS + (12,) * (sampler == "demo")},
 }
 BESIDE = {"dial": ("recon_w0", "recon_w1", "recon_w2", "pairs_w0", "pairs_w1", "pairs_w2"),     # of claims.py, in the same table
           "guidance": ("pairs_w0", "pairs_w1", "pairs_w2", "pairs_w4"), "steps": ()}
