@@ -5,9 +5,9 @@ Writes  DATA/pairs.pt {model, ema, optimizer, step, config}, pairs.jsonl (loss, 
 
     minimise over theta   E | v_theta(alpha x + sigma eps, logsnr, embed(y)) - v |^2,   v = alpha eps - sigma x   (--loss v)
 
---dial (beyond the paper) needs no pairs.npy: it trains on all pairs of a page, from an image with itself to the least alike
-(whatever 02 excludes), and gives the network their similarity cos(cls_x, cls_y) as one more condition. DATA/dial.pt, dial.jsonl
-and dial.png; from copy to variation by 05_sample.py --similarity.
+--dial (beyond the paper) needs no pairs.npy: it trains on all pairs of a page (whatever 02 excludes), half of the time on an
+image with itself, and gives the network their similarity cos(cls_x, cls_y) as one more condition. DATA/dial.pt, dial.jsonl and
+dial.png; from copy to variation by 05_sample.py --similarity.
 
 The same images, network, schedule and steps as 03_train_recon.py: `diff 03_train_recon.py 04_train_pairs.py` is the paper's idea.
 The command can be repeated at any time: it resumes, or says that it is done.

@@ -91,11 +91,15 @@ class AllPairs:
         return self.chosen[self.first[page][:, None] + np.stack(np.divmod(within, self.count[page]), 1)]
 
 
+COPIES = 0.5                                                           # share of images paired with themselves, with a dial
+
+
 class PairBatches(torch.utils.data.Dataset):
     """Item `step` is this rank's share of batch `step`, a function of (seed, step) alone: resuming needs no generator state.
 
     x [b, S, S, 3] uint8, eps [b, 3, S, S] unit noise, t [b] in [0, 1], drop [b] bool, and cls [b, D], tokens [b, T, C] by cond;
-    of AllPairs also similarity [b], the cosine of a pair's global embeddings, nan where it is dropped.
+    of AllPairs also similarity [b], the cosine of a pair's global embeddings, nan where it is dropped; half of the pairs are of
+    an image with itself.
     """
 
     def __init__(self, args, data, pairs, rank, world):
@@ -107,6 +111,9 @@ class PairBatches(torch.utils.data.Dataset):
         pairs = self.pairs[rng.integers(len(self.pairs), size=n)]
         t = (rng.random() + np.arange(n)) / n                          # stratified over the whole batch ([VDM] appendix I)
         drop = rng.random(n) < self.args.cond_drop                     # these rows train the null condition ([CFG])
+        if self.dial:
+            same = rng.random(n) < COPIES
+            pairs[same, 1] = pairs[same, 0]
         condition, target = pairs[self.mine].T
         eps = common.randn([common.generator("cpu", self.args.seed, step, i) for i in self.mine], (3, *[self.args.size] * 2))
         batch = dict(x=torch.from_numpy(np.asarray(self.data.images[target])), eps=eps, t=torch.from_numpy(t[self.mine]).float(),

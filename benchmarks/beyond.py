@@ -1,7 +1,8 @@
 """Beyond the papers, measured: the similarity dial, guidance that keeps diversity, few steps. Fills docs/beyond.md.
 
 Runs the numbered scripts on the digits and models of claims.py (benchmarks/claims.py run --models recon pairs, first), below the
-same folder: SEED/dial.pt, SEED/GROUP/SET. A repeated command goes on where it stopped.
+same folder: SEED/GROUP/SET. The dial and what it is compared with are trained as in `make demo`, SEED/full/MODEL.pt. A repeated
+command goes on where it stopped.
 
     python benchmarks/beyond.py run                        # seeds 0 1 2, an hour a seed on two cores
     python benchmarks/beyond.py run --seeds 0 --groups steps
@@ -19,28 +20,29 @@ from scipy.stats import spearmanr
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-DIAL = (1, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6)
+DIAL = (1, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 VARIANTS = {"plain": "", "tcfg": "--tcfg", "cads": "--cads 0.25", "interval": "--guidance-interval -2 4"}
 STEPS = (4, 8, 16, 32, 64, 128)
-SAMPLERS = {"ddpm": "--sampler ddpm", "ddim": "--sampler ddim", "dpm++": "--sampler dpm++",
-            "demo": "--time-power 2 --interpolation 0"}               # as in `make demo`
-# group: {folder: (model, flags of 05_sample.py)}
+DEMO = "--time-power 2 --interpolation 0"                              # as in `make demo`
+SAMPLERS = {"ddpm": "--sampler ddpm", "ddim": "--sampler ddim", "dpm++": "--sampler dpm++", "demo": DEMO}
+# group: {folder: (checkpoint below SEED, flags of 05_sample.py)}
 GROUPS = {
-    "dial": {f"dial_w1_s{s}": ("dial", f"--similarity {s}") for s in DIAL},
+    "dial": {f"dial_w1_s{s}": ("full/dial", f"{DEMO} --sample-steps 12 --similarity {s}") for s in DIAL} | {
+        f"{m}_w{w}": (f"full/{m}", f"{DEMO} --sample-steps 12 --guidance {w}") for m in ("recon", "pairs") for w in (0, 1, 2)},
     "guidance": {f"pairs_w{w}_{name}": ("pairs", f"--guidance {w} {flags}")
                  for name, flags in VARIANTS.items() for w in ((0.5,) if name == "plain" else (1, 2, 4))},
     "steps": {f"pairs_w1_{sampler}_{n}": ("pairs", f"{flags} --sample-steps {n}")
               for sampler, flags in SAMPLERS.items() for n in STEPS + (12,) * (sampler == "demo")},
 }
-BESIDE = {"dial": ("recon_w0", "recon_w1", "recon_w2", "pairs_w0", "pairs_w1", "pairs_w2"),     # of claims.py, in the same table
-          "guidance": ("pairs_w0", "pairs_w1", "pairs_w2", "pairs_w4"), "steps": ()}
+BESIDE = {"dial": (), "guidance": ("pairs_w0", "pairs_w1", "pairs_w2", "pairs_w4"), "steps": ()}       # of claims.py
+TRAINED = {"full/recon": "03_train_recon.py", "full/pairs": "04_train_pairs.py", "full/dial": "04_train_pairs.py --dial"}
 
 
-def train_dial(runs, seed):
-    """SEED/dial.pt, at the budget of the models of claims.py."""
-    if not (runs / str(seed) / "dial.pt").exists():
-        claims.script(f"04_train_pairs.py --dial --data {runs / 'digits'} --out {runs / str(seed) / 'dial.pt'} --seed {seed} "
-                      f"--batch {claims.BATCH} --steps {claims.STEPS}")
+def train(runs, seed, name):
+    """SEED/full/NAME.pt, at the preset's own budget, as in `make demo`."""
+    checkpoint = runs / str(seed) / f"{name}.pt"
+    if not checkpoint.exists():
+        claims.script(f"{TRAINED[name]} --data {runs / 'digits'} --out {checkpoint} --seed {seed}")
 
 
 def sample(runs, seed, group, name):
@@ -69,7 +71,7 @@ def curves(rows, *keys):
     found = {}
     for row in rows:
         point = row["similarity"][0] if row.get("similarity") else row["sample_steps"]
-        variant = "demo" if row.get("time_power") else row.get("variant") or "ddpm"
+        variant = "ddpm as in make demo" if row.get("time_power") else row.get("variant") or "ddpm"
         found.setdefault(variant, {}).setdefault(point, []).append([row[key] for key in keys])
     return {variant: {point: (np.mean(values, 0), np.std(values, 0, ddof=1) if len(values) > 1 else np.zeros(len(keys)))
                       for point, values in sorted(points.items())} for variant, points in found.items()}
@@ -78,7 +80,7 @@ def curves(rows, *keys):
 def plot_dial(rows, path):
     """Achieved against requested similarity."""
     figure, axes = plt.subplots(figsize=(5, 4.2), layout="constrained")
-    points = curves([row for row in rows if row.get("similarity")], "copy")["ddpm"]
+    points, = curves([row for row in rows if row.get("similarity")], "copy").values()
     mean, spread = np.array(list(points.values()))[..., 0].T
     axes.errorbar(list(points), mean, spread, fmt="o-")
     axes.plot([min(points), 1], [min(points), 1], ":k", linewidth=0.8)
@@ -117,11 +119,12 @@ def write(runs, page):
         shutil.copy(runs / "scores" / group / "metrics.png", folder / f"beyond_{group}_precision_recall.png")
     if "dial" in rows:
         plot_dial(rows["dial"], folder / "beyond_dial.png")
-        first = min(runs.glob("[0-9]*/dial.pt")).parent
-        sheet = first / "dial_sheet"
+        seed = min(runs.glob("[0-9]*/full/dial.pt")).parents[1]
+        sheet = seed / "dial_sheet"
         if not (sheet / "samples.npy").exists():
-            claims.script(f"05_sample.py --data {runs / 'digits'} --checkpoint {first}/dial.pt --out {sheet} --seed {first.name} "
-                          f"--variations {len(DIAL)} --similarity {' '.join(map(str, DIAL))}")
+            claims.script(f"05_sample.py --data {runs / 'digits'} --checkpoint {seed}/full/dial.pt --out {sheet} "
+                          f"--seed {seed.name} {DEMO} --sample-steps 12 --variations {len(DIAL)} "
+                          f"--similarity {' '.join(map(str, DIAL))}")
         shutil.copy(sheet / "sheet.png", folder / "beyond_dial_sheet.png")
     if "steps" in rows:
         plot_steps(rows["steps"], folder / "beyond_steps.png")
@@ -136,8 +139,8 @@ def main():
         return write(args.runs, claims.ROOT / "docs" / "beyond.md")
     wanted = [(seed, group, name) for seed in args.seeds for group in args.groups for name in GROUPS[group]
               if group != "steps" or int(name.rsplit("_", 1)[1]) <= args.steps]
-    dials = [(train_dial, args.runs, seed) for seed in args.seeds if "dial" in args.groups]
-    for calls in (dials + [(sample, args.runs, *what) for what in wanted if what[1] != "dial"],        # those that need no dial
+    trainings = [(train, args.runs, seed, name) for seed in args.seeds for name in TRAINED if "dial" in args.groups]
+    for calls in (trainings + [(sample, args.runs, *what) for what in wanted if what[1] != "dial"],    # models of claims.py
                   [(sample, args.runs, *what) for what in wanted if what[1] == "dial"]):
         claims.side_by_side(args.jobs, calls)
 

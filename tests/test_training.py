@@ -65,7 +65,7 @@ def test_reconstruction_and_pairs_read_the_right_images(train_args):
 
 
 def test_a_dial_trains_on_all_pairs_of_a_page_and_their_similarity(train_args):
-    """Every (i, j) of a page once, i = j too; the cosine of the two as a condition, dropped at the same rate on its own."""
+    """Every (i, j) of a page once, half of a batch i = j; the cosine of the two as a condition, dropped at the same rate."""
     args = train_args("--batch", "2000")
     data = system.Data(args.data)
     everything = training.AllPairs(data)
@@ -73,14 +73,18 @@ def test_a_dial_trains_on_all_pairs_of_a_page_and_their_similarity(train_args):
     assert sorted(map(tuple, found.tolist())) == [(i, j) for i in range(20) for j in range(20)
                                                   if i // 5 == j // 5 and i % 5 < 4 and j % 5 < 4]
     batch = training.PairBatches(args, data, everything, 0, 1)[3]
-    one = np.random.default_rng([args.seed, 3]).integers(len(everything), size=2000)
-    a, b = (data.cls[i] / np.linalg.norm(data.cls[i], axis=1, keepdims=True) for i in everything[one].T)
+    drawn = everything[np.random.default_rng([args.seed, 3]).integers(len(everything), size=2000)]
+    target = np.array([(data.images == x.numpy()).all((1, 2, 3)).argmax() for x in batch["x"]])
+    same = drawn[:, 0] == target
+    assert np.array_equal(np.where(same, drawn[:, 0], drawn[:, 1]), target)
+    assert same.mean() == pytest.approx(0.5 + 0.5 / 4, abs=0.03)       # a page has four training images
+    a, b = (data.cls[i] / np.linalg.norm(data.cls[i], axis=1, keepdims=True) for i in (drawn[:, 0], target))
     dropped = batch["similarity"].isnan()
     np.testing.assert_allclose(batch["similarity"][~dropped], (a * b).sum(1)[~dropped], atol=1e-6)
     assert dropped.float().mean() == pytest.approx(0.1, abs=0.03)
     assert (dropped & batch["drop"]).float().mean() == pytest.approx(0.01, abs=0.01)
     plain = training.PairBatches(args, data, found, 0, 1)[3]           # without a dial the batch is what it was
-    assert "similarity" not in plain and all(torch.equal(plain[key], batch[key]) for key in plain)
+    assert "similarity" not in plain and all(torch.equal(plain[key], batch[key]) for key in plain.keys() - {"x"})
 
 
 def test_one_in_float32_is_still_a_noise_level(train_args):
