@@ -66,14 +66,18 @@ def main():
         system.die(f"--similarity {args.similarity}: expected cosines, from -1 to 1")
     if args.interpolation is not None and (args.sampler != "ddpm" or not 0 <= args.interpolation <= 1):
         system.die("--interpolation is of --sampler ddpm, and from 0 to 1")
-    step = partial(common.SAMPLERS[args.sampler], **{} if args.interpolation is None else dict(interpolation=args.interpolation))
+    step = common.SAMPLERS[args.sampler]
+    if args.interpolation is not None:
+        step = partial(step, interpolation=args.interpolation)
     system.at_least_one(args, "variations", "sample_steps", "batch_images", *["per_page"] * (args.per_page is not None))
     if (args.out / "images.npy").exists():
         system.die(f"{args.out} holds images of 01_embed.py, not samples; choose another --out")
     device, rank, world = system.start(args.device)
 
     checkpoint, data = system.read_checkpoint(args.checkpoint), system.Data(args.data)
-    config = checkpoint["config"] | ({} if args.power is None else dict(time_power=args.power))
+    config = dict(checkpoint["config"])
+    if args.power is not None:
+        config["time_power"] = args.power
     if config.get("encoder") != data.meta["encoder"]:
         system.die(f"{args.checkpoint} was trained with the encoder {config.get('encoder')}, but {args.data} was embedded with "
                    f"{data.meta['encoder']}; run 01_embed.py --data and the folder it was trained on")
