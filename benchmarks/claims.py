@@ -252,7 +252,8 @@ CLAIMS = [
      still better.""",
      ["twostage fid 2sdm_fewer_steps < unconditional", "twostage ms_image 2sdm_fewer_steps < unconditional",
       "twostage prior_share 2sdm < 0.2"],
-     """ms_image: the time an image takes, on one core; prior_share: of it. Measured while sampling."""),
+     """ms_image: the time an image takes, on one core, disturbed here by what ran beside it (on an idle machine 45 against 51:
+     [the README](../README.md#2sdm-first-what-then-how)); prior_share: of it. Measured while sampling."""),
 ]
 INTRODUCTION = f"""# The papers' claims, measured again
 
