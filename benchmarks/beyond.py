@@ -88,6 +88,25 @@ def plot_dial(rows, path):
     figure.savefig(path, dpi=120)
 
 
+def plot_frontier(rows, path):
+    """Precision against recall, a curve a model and kind of guidance, w or similarity at the points, bars of one s.d."""
+    figure, axes = plt.subplots(figsize=(7.5, 5), layout="constrained")
+    found = {}
+    for row in (row for row in rows if "folder" in row):
+        curve = found.setdefault(f"{row['model']} {row.get('variant') or ''}", {})
+        curve.setdefault((row.get("similarity") or [row["guidance"]])[0], []).append([row["recall"], row["precision"]])
+    for name, curve in found.items():
+        curve = dict(sorted(curve.items()))
+        mean, spread = (np.array([f(values) for values in curve.values()]).T for f in (
+            lambda v: np.mean(v, 0), lambda v: np.std(v, 0, ddof=1) if len(v) > 1 else np.zeros(2)))
+        line = axes.errorbar(*mean, spread[1], spread[0], fmt="o-", elinewidth=0.4, label=name)[0]
+        for point, *xy in zip(curve, *mean):
+            axes.annotate(f"{point:g}", xy, xytext=(4, 4), textcoords="offset points", fontsize=8, color=line.get_color())
+    axes.set(xlabel="recall", ylabel="precision")
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=120)
+
+
 def plot_steps(rows, path):
     """FID against steps, and against the time of an image: steps times the fastest step, since other jobs run beside it."""
     figure, panels = plt.subplots(1, 2, figsize=(9, 4.2), layout="constrained", sharey=True)
@@ -99,6 +118,7 @@ def plot_steps(rows, path):
             axes.set_xscale("log", base=2)
     panels[0].set(xlabel="steps", ylabel="FID", xticks=STEPS, xticklabels=STEPS)
     panels[1].set(xlabel="ms an image, one core")
+    panels[1].xaxis.set_major_formatter("{x:g}")
     panels[0].legend(frameon=False)
     figure.savefig(path, dpi=120)
 
@@ -117,7 +137,7 @@ def write(runs, page):
         tables[group] = f"```\n{table}```"
     report.write(page, report.fill(page.read_text(), tables))
     for group in rows.keys() & {"dial", "guidance"}:
-        shutil.copy(runs / "scores" / group / "metrics.png", folder / f"beyond_{group}_precision_recall.png")
+        plot_frontier(rows[group], folder / f"beyond_{group}_precision_recall.png")
     if "dial" in rows:
         plot_dial(rows["dial"], folder / "beyond_dial.png")
         seed = min(runs.glob("[0-9]*/full/dial.pt")).parents[1]
