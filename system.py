@@ -193,7 +193,7 @@ def start(device):
         backend = "nccl" if device.startswith("cuda") else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=1))
         if backend == "gloo":                                          # its threads must end before the interpreter: otherwise
-            atexit.register(dist.destroy_process_group)                # one run in 60 aborts when all is done
+            atexit.register(dist.destroy_process_group)                # one run in 30 aborts when all is done
     return torch.device(device), rank, world
 
 

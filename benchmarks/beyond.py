@@ -66,41 +66,41 @@ def score(runs, group):
     return json.loads((scores / "metrics.json").read_text()), (scores / "metrics.txt").read_text()
 
 
-def curves(rows, *keys):
-    """{variant: {similarity or steps: [mean and s.d. of each key over seeds]}}, in order."""
+def curves(rows, of, *keys):
+    """{curve: (points [n], mean [keys, n], s.d. [keys, n])} over the seeds of the sets in rows; of(row) -> (curve, point)."""
     found = {}
-    for row in rows:
-        point = row["similarity"][0] if row.get("similarity") else row["sample_steps"]
-        variant = "ddpm as in make demo" if row.get("time_power") else row.get("variant") or "ddpm"
-        found.setdefault(variant, {}).setdefault(point, []).append([row[key] for key in keys])
-    return {variant: {point: (np.mean(values, 0), np.std(values, 0, ddof=1) if len(values) > 1 else np.zeros(len(keys)))
-                      for point, values in sorted(points.items())} for variant, points in found.items()}
+    for row in (row for row in rows if "folder" in row):               # not the real images
+        curve, point = of(row)
+        found.setdefault(curve, {}).setdefault(point, []).append([row[key] for key in keys])
+    for curve, points in found.items():
+        values = [np.array(points[point]) for point in sorted(points)]
+        spread = [v.std(0, ddof=1) if len(v) > 1 else np.zeros(len(keys)) for v in values]
+        found[curve] = np.array(sorted(points)), np.array([v.mean(0) for v in values]).T, np.array(spread).T
+    return found
 
 
 def plot_dial(rows, path):
     """Achieved against requested similarity."""
     figure, axes = plt.subplots(figsize=(5, 4.2), layout="constrained")
-    points, = curves([row for row in rows if row.get("similarity")], "copy").values()
-    mean, spread = np.array(list(points.values()))[..., 0].T
-    axes.errorbar(list(points), mean, spread, fmt="o-")
-    axes.plot([min(points), 1], [min(points), 1], ":k", linewidth=0.8)
+    rows = [row for row in rows if row.get("similarity")]
+    (asked, mean, spread), = curves(rows, lambda row: (row["model"], row["similarity"][0]), "copy").values()
+    axes.errorbar(asked, *mean, *spread, fmt="o-")
+    axes.plot([min(asked), 1], [min(asked), 1], ":k", linewidth=0.8)
     axes.set(xlabel="requested similarity", ylabel="achieved: mean cosine to the condition")
     figure.savefig(path, dpi=120)
 
 
 def plot_frontier(rows, path):
-    """Precision against recall, a curve a model and kind of guidance, w or similarity at the points, bars of one s.d."""
+    """Precision against recall, a curve a model and kind of guidance, w or similarity at the points: 06's plot, from close by."""
     figure, axes = plt.subplots(figsize=(7.5, 5), layout="constrained")
-    found = {}
-    for row in (row for row in rows if "folder" in row):
-        curve = found.setdefault(f"{row['model']} {row.get('variant') or ''}", {})
-        curve.setdefault((row.get("similarity") or [row["guidance"]])[0], []).append([row["recall"], row["precision"]])
-    for name, curve in found.items():
-        curve = dict(sorted(curve.items()))
-        mean, spread = (np.array([f(values) for values in curve.values()]).T for f in (
-            lambda v: np.mean(v, 0), lambda v: np.std(v, 0, ddof=1) if len(v) > 1 else np.zeros(2)))
+
+    def of(row):
+        return f"{row['model']} {row.get('variant') or ''}", (row.get("similarity") or [row["guidance"]])[0]
+
+    found = curves(rows, of, "recall", "precision")
+    for name, (points, mean, spread) in found.items():
         line = axes.errorbar(*mean, spread[1], spread[0], fmt="o-", elinewidth=0.4, label=name)[0]
-        for point, *xy in zip(curve, *mean):
+        for point, *xy in zip(points, *mean):
             axes.annotate(f"{point:g}", xy, xytext=(4, 4), textcoords="offset points", fontsize=8, color=line.get_color())
     axes.set(xlabel="recall", ylabel="precision")
     axes.legend(frameon=False)
@@ -110,9 +110,11 @@ def plot_frontier(rows, path):
 def plot_steps(rows, path):
     """FID against steps, and against the time of an image: steps times the fastest step, since other jobs run beside it."""
     figure, panels = plt.subplots(1, 2, figsize=(9, 4.2), layout="constrained", sharey=True)
-    for variant, points in curves([row for row in rows if "folder" in row], "fid", "ms_image").items():
-        (fid, time), (spread, _) = np.array(list(points.values())).transpose(1, 2, 0)
-        steps = np.array(list(points))
+
+    def of(row):
+        return "ddpm as in make demo" if row.get("time_power") else row.get("variant") or "ddpm", row["sample_steps"]
+
+    for variant, (steps, (fid, time), (spread, _)) in curves(rows, of, "fid", "ms_image").items():
         for axes, x in zip(panels, (steps, steps * (time / steps).min())):
             axes.errorbar(x, fid, spread, fmt="o-", label=variant)
             axes.set_xscale("log", base=2)

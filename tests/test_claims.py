@@ -56,9 +56,9 @@ def test_beyond_has_a_place_for_each_group_and_a_curve_for_each_sampler():
     page = (ROOT / "docs" / "beyond.md").read_text()
     filled = report.fill(page, {group: f"table of {group}" for group in beyond.GROUPS})
     assert all(f"<!-- {group} -->\ntable of {group}\n<!-- end -->" in filled for group in beyond.GROUPS)
-    rows = [dict(variant=variant, sample_steps=steps, fid=steps + 10 * seed) for variant in (None, "ddim") for steps in (8, 4)
-            for seed in (0, 1)]
-    found = beyond.curves(rows, "fid")
-    assert list(found) == ["ddpm", "ddim"] and list(found["ddim"]) == [4, 8]
-    mean, spread = found["ddim"][8]
-    assert mean == 13 and spread == pytest.approx(50 ** 0.5)
+    rows = [dict(variant=variant, sample_steps=steps, fid=steps + 10 * seed, folder="x") for variant in ("ddpm", "ddim")
+            for steps in (8, 4) for seed in (0, 1)]
+    found = beyond.curves([*rows, dict(model="real")], lambda row: (row["variant"], row["sample_steps"]), "fid")
+    points, mean, spread = found["ddim"]
+    assert list(found) == ["ddpm", "ddim"] and points.tolist() == [4, 8] and mean.tolist() == [[9, 13]]
+    assert spread == pytest.approx(50 ** 0.5)
