@@ -1,8 +1,8 @@
 """Beyond the papers, measured: the similarity dial, guidance that keeps diversity, few steps. Fills docs/beyond.md.
 
-Runs the numbered scripts on the digits and models of claims.py (benchmarks/claims.py run --models recon pairs, first), below the
-same folder: SEED/GROUP/SET. The dial and what it is compared with are trained as in `make demo`, SEED/full/MODEL.pt. A repeated
-command goes on where it stopped.
+Runs the numbered scripts on the digits and models of claims.py (benchmarks/claims.py run --models pairs recon_full pairs_full,
+first), below the same folder: SEED/GROUP/SET. The dial is trained as in `make demo`, SEED/dial.pt. A repeated command goes on
+where it stopped.
 
     python benchmarks/beyond.py run                        # seeds 0 1 2, 45 minutes a seed on two cores
     python benchmarks/beyond.py run --seeds 0 --groups steps
@@ -23,26 +23,24 @@ import matplotlib.pyplot as plt  # noqa: E402
 DIAL = (1, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 VARIANTS = {"plain": "", "tcfg": "--tcfg", "cads": "--cads 0.25", "interval": "--guidance-interval -2 4"}
 STEPS = (4, 8, 16, 32, 64, 128)
-DEMO = "--time-power 2 --interpolation 0"                              # as in `make demo`
-SAMPLERS = {"ddpm": "--sampler ddpm", "ddim": "--sampler ddim", "dpm++": "--sampler dpm++", "demo": DEMO}
+SAMPLERS = {"ddpm": "--sampler ddpm", "ddim": "--sampler ddim", "dpm++": "--sampler dpm++", "demo": claims.DEMO}
 # group: {folder: (checkpoint below SEED, flags of 05_sample.py)}
 GROUPS = {
-    "dial": {f"dial_w1_s{s}": ("full/dial", f"{DEMO} --sample-steps 12 --similarity {s}") for s in DIAL} | {
-        f"{m}_w{w}": (f"full/{m}", f"{DEMO} --sample-steps 12 --guidance {w}") for m in ("recon", "pairs") for w in (0, 1, 2)},
+    "dial": {f"dial_w1_s{s}": ("dial", f"{claims.DEMO} --sample-steps 12 --similarity {s}") for s in DIAL} | {
+        f"{m}_w{w}": (f"{m}_full", f"{claims.DEMO} --sample-steps 12 --guidance {w}")
+        for m in ("recon", "pairs") for w in (0, 1, 2)},
     "guidance": {f"pairs_w{w}_{name}": ("pairs", f"--guidance {w} {flags}")
-                 for name, flags in VARIANTS.items() for w in ((0.5,) if name == "plain" else (1, 2, 4))},
+                 for name, flags in VARIANTS.items() for w in ((0, 0.5, 1, 2, 4) if name == "plain" else (1, 2, 4))},
     "steps": {f"pairs_w1_{sampler}_{n}": ("pairs", f"{flags} --sample-steps {n}")
               for sampler, flags in SAMPLERS.items() for n in STEPS + (12,) * (sampler == "demo")},
 }
-BESIDE = {"dial": (), "guidance": ("pairs_w0", "pairs_w1", "pairs_w2", "pairs_w4"), "steps": ()}       # of claims.py
-TRAINED = {"full/recon": "03_train_recon.py", "full/pairs": "04_train_pairs.py", "full/dial": "04_train_pairs.py --dial"}
 
 
-def train(runs, seed, name):
-    """SEED/full/NAME.pt, at the preset's own budget, as in `make demo`."""
-    checkpoint = runs / str(seed) / f"{name}.pt"
+def train(runs, seed):
+    """SEED/dial.pt, at the preset's own budget, as in `make demo`."""
+    checkpoint = runs / str(seed) / "dial.pt"
     if not checkpoint.exists():
-        claims.script(f"{TRAINED[name]} --data {runs / 'digits'} --out {checkpoint} --seed {seed}")
+        claims.script(f"04_train_pairs.py --dial --data {runs / 'digits'} --out {checkpoint} --seed {seed}")
 
 
 def sample(runs, seed, group, name):
@@ -58,9 +56,8 @@ def sample(runs, seed, group, name):
 
 
 def score(runs, group):
-    """06 on all that is there of a group and what stands beside it: (rows, the lines of its table)."""
-    wanted = [f"{group}/{name}" for name in GROUPS[group]] + [f"digits/{name}" for name in BESIDE[group]]
-    folders = [path.parent for name in wanted for path in sorted(runs.glob(f"[0-9]*/{name}/data.json"))]
+    """06 on all that is there of a group: (rows, the lines of its table)."""
+    folders = [path.parent for name in GROUPS[group] for path in sorted(runs.glob(f"[0-9]*/{group}/{name}/data.json"))]
     scores = runs / "scores" / group
     claims.script(f"06_fewshot_metrics.py --data {runs / 'digits'} --out {scores} --samples {' '.join(map(str, folders))}")
     return json.loads((scores / "metrics.json").read_text()), (scores / "metrics.txt").read_text()
@@ -142,11 +139,11 @@ def write(runs, page):
         plot_frontier(rows[group], folder / f"beyond_{group}_precision_recall.png")
     if "dial" in rows:
         plot_dial(rows["dial"], folder / "beyond_dial.png")
-        seed = min(runs.glob("[0-9]*/full/dial.pt")).parents[1]
+        seed = min(runs.glob("[0-9]*/dial.pt")).parent
         sheet = seed / "dial_sheet"
         if not (sheet / "samples.npy").exists():
-            claims.script(f"05_sample.py --data {runs / 'digits'} --checkpoint {seed}/full/dial.pt --out {sheet} "
-                          f"--seed {seed.name} {DEMO} --sample-steps 12 --variations {len(DIAL)} "
+            claims.script(f"05_sample.py --data {runs / 'digits'} --checkpoint {seed}/dial.pt --out {sheet} "
+                          f"--seed {seed.name} {claims.DEMO} --sample-steps 12 --variations {len(DIAL)} "
                           f"--similarity {' '.join(map(str, DIAL))}")
         shutil.copy(sheet / "sheet.png", folder / "beyond_dial_sheet.png")
     if "steps" in rows:
@@ -162,7 +159,7 @@ def main():
         return write(args.runs, claims.ROOT / "docs" / "beyond.md")
     wanted = [(seed, group, name) for seed in args.seeds for group in args.groups for name in GROUPS[group]
               if group != "steps" or int(name.rsplit("_", 1)[1]) <= args.steps]
-    trainings = [(train, args.runs, seed, name) for seed in args.seeds for name in TRAINED if "dial" in args.groups]
+    trainings = [(train, args.runs, seed) for seed in args.seeds if "dial" in args.groups]
     for calls in (trainings + [(sample, args.runs, *what) for what in wanted if what[1] != "dial"],    # models of claims.py
                   [(sample, args.runs, *what) for what in wanted if what[1] == "dial"]):
         claims.side_by_side(args.jobs, calls)
