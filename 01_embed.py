@@ -305,7 +305,7 @@ def parse():
         known = {}                                                       # the settings of an encoder are for no other
     args.encoder_px = known.get("px", px) if args.encoder_px is None else args.encoder_px
     args.pool = known.get("pool", 1) if args.pool is None else args.pool
-    system.at_least_one(args, "encoder_px", "pool")
+    system.at_least_one(args, "encoder_px", "pool", *["batch"] * (args.batch is not None))
     if args.augment < 0 or (args.augment and args.cls_only):
         system.die(f"--augment {args.augment}: a number of views, and not with --cls-only")
     if args.held_out and args.cls_only:
@@ -415,8 +415,8 @@ def main():
     with system.writing(args.out / "data.json") as f:
         f.write(json.dumps(dict(meta, images=n), indent=1).encode())
     script = "05_sample" if n == 1 or split.all() else "02_filter_pairs"
-    follow = "06_fewshot_metrics.py" if args.cls_only else f"{script}.py --data {args.out}"
-    print(f"wrote {args.out}: {n} images, {len(np.unique(pages))} pages, {split.sum()} held out; next: python {follow}")
+    print(f"wrote {args.out}: {n} images, {len(np.unique(pages))} pages, {split.sum()} held out; next: python "
+          + (f"06_fewshot_metrics.py --data {args.data or 'DATA'}" if args.cls_only else f"{script}.py --data {args.out}"))
 
 
 if __name__ == "__main__":

@@ -56,7 +56,11 @@ def main():
     variant = [word for word, wanted in ((args.sampler, args.sampler != "ddpm"), (f"{low:g}to{high:g}", args.guidance_interval),
                                          (f"cads{args.cads:g}", args.cads), ("tcfg", args.tcfg)) if wanted]
     words = [f"{args.checkpoint.stem}_w{args.guidance:g}", *variant, *(f"s{s:g}" for s in args.similarity or [])]
-    words += [f"{name}{value}" for name, value in (("draw", args.draw), ("seed", args.seed)) if value]
+    usual = common.PRESETS[args.preset or "digits16"] | common.PROTOCOLS[args.protocol]
+    words += [f"{name}{value:g}" for name, value, default in (
+        ("draw", args.draw, 0), ("seed", args.seed, 0), ("steps", args.sample_steps, usual["sample_steps"]),
+        ("k", args.variations, usual["variations"]), ("perpage", args.per_page, usual.get("per_page")),
+        ("power", args.power, None), ("interpolation", args.interpolation, None)) if value != default]
     args.out = args.out or folder / "_".join(words)
     if not math.isfinite(args.guidance) or not 0 <= args.cads < math.inf or not low < high or args.draw < 0:
         system.die("expected a finite --guidance, --cads from 0, --guidance-interval with LOW < HIGH, --draw from 0")

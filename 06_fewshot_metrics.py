@@ -11,8 +11,9 @@ With x the features of n samples and y those of m real images, all of d numbers,
   KID        mean k(x, x') + mean k(y, y') - 2 mean k(x, y), k(a, b) = (a.b / d + 1)^3, x' != x   (Binkowski et al., 1801.01401)
   precision  share of the samples within reach of a real image, whose reach is its 3rd nearest neighbour's distance
   recall     share of the real images within reach of a sample   (both: Kynkaanniemi et al., arXiv 1904.06991)
-  copy       mean cosine of a sample and its own conditioning image: 1 for an encoder-perfect copy
-FID and KID are in this encoder's features, not Inception's: compare them within a table and at one n, not with papers.
+  copy       mean cosine of a sample and its own conditioning image: 1 for an encoder-perfect copy. In the row of real images:
+             of the conditioning images and the other references of their pages, which a model that varies has no need to exceed
+FID and KID are in the features of DATA's encoder: unless that is inception:FILE, compare them within a table, not with papers.
 
 References never contain a conditioning image, so a copier earns nothing by them:
   unseen     the other held-out images
@@ -150,6 +151,17 @@ def copy_score(cls, features, conditions):
     """Mean cosine of features [n k, d] to those of their own conditioning images, cls[conditions], conditions [n]."""
     own = torch.from_numpy(cls[np.repeat(conditions, len(features) // len(conditions))]).to(features.device)
     return float(torch.cosine_similarity(features, own).double().mean())
+
+
+def page_similarity(cls, pages, conditions, others):
+    """Mean cosine of the images `conditions` and those images `others` that share their page; None if there are none."""
+    total = count = 0
+    for page in np.unique(pages[conditions]):
+        own, rest = (indices[pages[indices] == page] for indices in (conditions, others))
+        sums = (F.normalize(torch.from_numpy(np.array(cls[indices])).double()).sum(0) for indices in (own, rest))
+        same = len(np.intersect1d(own, rest))                          # an image and itself: not counted
+        total, count = total + float(torch.dot(*sums)) - same, count + len(own) * len(rest) - same
+    return total / count if count else None
 
 
 def references(data, conditions, with_conditions=False):
@@ -319,7 +331,8 @@ def main():
     train = np.random.default_rng(0).permutation(train)[:max(len(features) for _, features, *_ in samples)]
     first = next(iter(real))                                           # the unseen images, or all held out
     if first != "all" and len(train) > NEIGHBOURS:
-        rows.append(dict(reference=first, model=REAL, guidance=None, seed=None, encoder=features_of, copy=None,
+        copy = page_similarity(data.cls, data.pages, conditions, sets[first])
+        rows.append(dict(reference=first, model=REAL, guidance=None, seed=None, encoder=features_of, copy=copy,
                          **compare(real[first], statistics(data.cls[np.sort(train)], device))))
     for folder, features, own, made in system.progress(samples, rank, unit="set"):
         fake = statistics(features, device)
@@ -334,7 +347,8 @@ def main():
     with system.writing(out / "metrics.json") as f:
         f.write(json.dumps(rows, indent=1).encode())
     picture(out / "metrics.png", rows)
-    lines = table(rows, f"fid, kid: in the features of {features_of} (d = {data.cls.shape[1]}), not Inception's; "
+    other = "" if features_of.startswith("inception:") else ", not Inception's"
+    lines = table(rows, f"fid, kid: in the features of {features_of} (d = {data.cls.shape[1]}){other}; "
                         f"precision, recall: k = {NEIGHBOURS}")
     with system.writing(out / "metrics.txt") as f:
         f.write(("\n".join(lines) + "\n").encode())

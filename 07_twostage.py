@@ -1,7 +1,7 @@
 """07: 2SDM, two-stage diffusion models. First sample what to draw, an embedding y; then draw it, an image x given y ([2SDM]).
 
-Reads   DATA of 01: images.npy, cls.npy, split.npy, pages.npy; cls_aug.npy [A, N, D] float32 if it is there (01 --augment A):
-        embeddings of A augmented views of each image, for the prior
+Reads   DATA of 01: images.npy, cls.npy, split.npy, pages.npy, tokens.npy (its shape); cls_aug.npy [A, N, D] float32 if it is
+        there (01 --augment A): embeddings of A augmented views of each image, for the prior
 Writes  into --out: {none,film,kmeansK,pcaK}_STEPS.pt (image models), prior.pt, interpolation.png, and a folder a row:
         samples.npy [n, 1, S, S, 3] uint8   y.npy [n, C] float32, what they were given   samples.json, how, and how long it took
         `sweep`: rows sweep/NAME_STEPS of image models that are told more or less of y, at two budgets
@@ -64,9 +64,7 @@ class Prior(nn.Module):
         self.out = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, dim))
 
     def forward(self, z, logsnr, label, view):
-        freqs = torch.exp(torch.linspace(0, math.log(1000), 32, device=z.device))
-        angles = (logsnr / 30)[:, None] * freqs                          # [B, 32]; logsnr in +-15
-        noise_level = self.noise_in(torch.cat([angles.sin(), angles.cos()], -1))
+        noise_level = self.noise_in(common.waves(logsnr / 30, 32))       # logsnr in +-15
         tokens = [noise_level + self.view(view), self.y_in(z.flatten(1)), self.query.expand(len(z), -1)]
         if self.label is not None:
             tokens.insert(1, self.label(label))
@@ -390,10 +388,16 @@ def main():
     p.add_argument("--prior-weight-decay", type=float, default=0.01)
     args = system.parse(p)
     system.at_least_one(args, "samples", "batch_images", "clusters", "prior_steps", "prior_batch", "prior_width")
+    system.above_zero(args, "lr", "prior_lr")                          # now, not after the image models
+    if args.prior_width > 64 and args.prior_width % (args.prior_width // 64) or not 0 <= args.prior_weight_decay < math.inf:
+        system.die(f"--prior-width {args.prior_width} --prior-weight-decay {args.prior_weight_decay}: expected a multiple of "
+                   "64, or less than 64, and a number from 0")
     args.out = args.out or args.data / ("twostage_page" if args.label else "twostage")
     data = system.Data(args.data)
-    if data.split.all():
-        system.die(f"{args.data} holds every image out; there is none to train on")
+    if (data.split == 0).sum() < 2:
+        system.die(f"{args.data} holds out all images but one, or all; there are none to train on")
+    if args.what == "figures" and system.start(args.device)[1] > 0:    # one process is enough
+        return
     dict(table=table, sweep=sweep, figures=figures)[args.what](args, data)
 
 

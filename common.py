@@ -104,8 +104,8 @@ def guide(model, guidance, interval=None, damped=False, anneal=None, **condition
 
     w = 0 is the plain conditional model and w = -1 the unconditional one. Both branches run as one batch of 2B.
     At a given z, v is affine in x_hat and in eps_hat, and the weights sum to 1: guiding any of the three is the same.
-    interval (low, high): guide where low <= logsnr < high and sample plainly elsewhere ([GI]). damped: see damp(). anneal: a
-    function (condition, logsnr) -> condition, such as cads().
+    interval (low, high): guide where low <= logsnr < high and sample plainly elsewhere ([GI]; logsnr = -2 log of its sigma).
+    damped: see damp(). anneal: a function (condition, logsnr) -> condition, such as cads().
     """
     def denoise(z, logsnr):
         now = anneal(condition, logsnr) if anneal else condition
@@ -138,11 +138,11 @@ def damp(v_cond, v_null, z, logsnr):
     return v_null + u.sin() / (u.cos() + u.sin()) * (d - dot(d, f) / dot(f, f) * f)
 
 
-def cads(model, config, randn_like, scale, low=0.6, high=0.9, mix=1.0):
+def cads(model, config, randn_like, scale, low=0.6, high=0.9):
     """(condition, logsnr) -> condition with noise that fades as t falls from `high` to `low` ([CADS] section 3).
 
     y <- sqrt(gamma) y + scale sqrt(1 - gamma) n of the standardised y, gamma = 1 below `low`, 0 above `high`, linear between;
-    then brought back to the mean and s.d. of y, and mixed: `mix` of that and 1 - mix of the one before. randn_like(y) -> n.
+    then brought back to the mean and s.d. of y (its mixing factor psi = 1). randn_like(y) -> n.
     """
     def anneal(condition, logsnr):
         t = time_of(logsnr[0], config["network"]["size"], config["noise_size"])
@@ -156,7 +156,7 @@ def cads(model, config, randn_like, scale, low=0.6, high=0.9, mix=1.0):
             n = math.sqrt(gamma) * y + scale * math.sqrt(1 - gamma) * randn_like(y)
             axes = tuple(range(1, y.ndim))
             again = (n - n.mean(axes, keepdim=True)) / n.std(axes, keepdim=True) * y.std(axes, keepdim=True)
-            noisy[name] = norm.mean + norm.std * (mix * (again + y.mean(axes, keepdim=True)) + (1 - mix) * n)
+            noisy[name] = norm.mean + norm.std * (again + y.mean(axes, keepdim=True))
         return condition | noisy
     return anneal
 
@@ -217,7 +217,10 @@ def sampling_loop(denoise, z, noise, steps, logsnr_of_t, step=ddpm_step, clip=Tr
 
 
 def generator(device, *key):
-    """The random stream of a key such as (seed, step, image): noise depends on what it is for, not on when it is drawn."""
+    """The random stream of a key such as (seed, step, image): noise depends on what it is for, not on when it is drawn.
+
+    SeedSequence pads with zeros: a key that ends in 0 is the key without it.
+    """
     seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
     return torch.Generator(device).manual_seed(seed)
 
@@ -332,9 +335,9 @@ class TransformerBlock(nn.Module):
         return x + self.mlp(self.norm3(x) * (1 + scale2) + shift2)     # [B, N, D]
 
 
-def waves(x):
-    """x [B] in about +-0.5 -> [B, 256]: sines and cosines of 128 frequencies from 1 to 1,000."""
-    angles = x[:, None] * torch.exp(torch.linspace(0, math.log(1000), 128, device=x.device))
+def waves(x, n=128):
+    """x [B] in about +-0.5 -> [B, 2 n]: sines and cosines of n frequencies from 1 to 1,000."""
+    angles = x[:, None] * torch.exp(torch.linspace(0, math.log(1000), n, device=x.device))
     return torch.cat([angles.sin(), angles.cos()], -1)
 
 

@@ -41,6 +41,8 @@ def writing(path):
         temporary.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as f:
             yield f
+            f.flush()
+            os.fsync(f.fileno())                                       # on the disk before its name: power may fail
         os.replace(temporary, path)
     except BaseException as e:
         with contextlib.suppress(OSError):
@@ -97,19 +99,29 @@ def read_checkpoint(path):
 
 
 class Data:
-    """A folder that 01_embed.py wrote, memory-mapped: images, pages, split, names, cls, tokens and the settings `meta`."""
+    """A folder that 01_embed.py wrote: its settings `meta`, and images, pages, split, names, cls, tokens, memory-mapped.
+
+    A file is opened when its array is first asked for: 06 needs no tokens, 03 and 04 no names.
+    """
+    ARRAYS = dict(images=(np.uint8, 4), pages=(np.int32, 1), split=(np.uint8, 1), names=(None, 1), cls=(np.float32, 2),
+                  tokens=(np.float16, 3))                              # (dtype, axes)
 
     def __init__(self, folder):
         self.folder, self.meta = Path(folder), read_json(Path(folder) / "data.json")
-        self.images = read_array(self.folder / "images.npy", np.uint8, 4)                       # [N, S, S, 3]
-        n, side, *_ = self.images.shape
-        if n == 0 or self.images.shape[1:] != (side, side, 3):
-            die(f"{folder}/images.npy holds shape {self.images.shape}, expected [N, S, S, 3]; write it again with 01_embed.py")
-        for name, dtype, ndim in (("pages", np.int32, 1), ("split", np.uint8, 1), ("names", None, 1),
-                                  ("cls", np.float32, 2), ("tokens", np.float16, 3)):
-            setattr(self, name, read_array(self.folder / f"{name}.npy", dtype, ndim, n))
-        if self.names.dtype.kind != "U" or not isinstance(self.meta.get("encoder"), dict):
-            die(f"{folder}: names.npy holds no text, or data.json names no encoder; write them again with 01_embed.py")
+        n = self.meta.get("images")
+        if not (isinstance(n, int) and n > 0 and isinstance(self.meta.get("encoder"), dict)):
+            die(f"{folder}/data.json names no encoder or no number of images; write it again with 01_embed.py")
+
+    def __getattr__(self, name):                                       # called for what is not there yet
+        if name not in self.ARRAYS:
+            raise AttributeError(name)
+        array = read_array(self.folder / f"{name}.npy", *self.ARRAYS[name], self.meta["images"])
+        wrong = dict(images=array.shape[1:] != (*array.shape[1:2] * 2, 3), names=array.dtype.kind != "U")
+        if wrong.get(name):
+            die(f"{self.folder}/{name}.npy holds {array.dtype} of shape {array.shape}, expected square images of three channels "
+                "and text as names; write it again with 01_embed.py")
+        setattr(self, name, array)
+        return array
 
     def conditions(self, per_page=1, draw=0):
         """Indices of the conditioning images: the first held-out image of each page, or all images if none is held out.
@@ -149,7 +161,7 @@ def parser(doc, data="folder that 01_embed.py wrote (default runs/PRESET)", devi
     """An ArgumentParser with the flags that the scripts share; finish with parse()."""
     p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--preset", choices=common.PRESETS,
-                   help="size, network and recipe (default: what DATA was made with, else digits16)")
+                   help="size, network and recipe (default: what DATA was made with, else digits16; of 01 --images: emoji16)")
     p.add_argument("--data", type=Path, help=data)
     if device:
         p.add_argument("--device", help="cpu, cuda or mps (default: the best there is)")
@@ -162,6 +174,8 @@ def parse(p, argv=None):
     """Parse, then fill what the command line left open: preset from the data, data from the preset, the rest from the preset
     and the protocol."""
     args = p.parse_args(argv)
+    if getattr(args, "seed", 0) < 0:
+        die(f"--seed {args.seed}: expected a number from 0")
     args.data = args.data or Path("runs") / (args.preset or "digits16")
     if args.preset is None and (args.data / "data.json").exists():
         args.preset = read_json(args.data / "data.json").get("preset")
@@ -187,8 +201,14 @@ def start(device):
         die(f"--device {device}: under torchrun every process has its own; give --device cuda")
     if device == "cuda":
         device = f"cuda:{local}"
+        if local >= torch.cuda.device_count():
+            die(f"process {local} has no GPU: this machine has {torch.cuda.device_count()}; start as many, or give --device cpu")
         torch.cuda.set_device(local)
         torch.set_float32_matmul_precision("high")                     # TF32 for what stays in float32
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as e:                        # no such name, or not in this build or machine
+        die(f"--device {device}: {str(e).splitlines()[0]}; give cpu, cuda or mps")
     if not alone:
         backend = "nccl" if device.startswith("cuda") else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=1))
@@ -202,6 +222,13 @@ def at_least_one(args, *flags):
     for flag in flags:
         if getattr(args, flag) < 1:
             die(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected at least 1")
+
+
+def above_zero(args, *flags):
+    """Exit with one line if one of these numbers is not above 0, or not finite."""
+    for flag in flags:
+        if not 0 < getattr(args, flag) < math.inf:
+            die(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected a number above 0")
 
 
 def wait():

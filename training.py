@@ -143,8 +143,9 @@ def train_images(args, data, pairs, sheet=True):
             or channels[-1] > 64 and channels[-1] % 64 or args.size % halved:
         system.die(f"--channels {channels} --blocks {blocks}: expected one of each a stage, channels in multiples of 16, of 64 "
                    f"in a last stage above 64, and {args.size} px to be halved {len(channels) - 1} times")
-    if len(pairs) == 0:
-        system.die(f"{data.folder} has no pairs to train on: no training images, or 02_filter_pairs.py kept none")
+    rows = some_of(np.flatnonzero(data.split == 0))
+    if len(pairs) == 0 or len(rows) < 2:
+        system.die(f"{data.folder} has no pairs to train on: fewer than 2 training images, or 02_filter_pairs.py kept none")
     dial = isinstance(pairs, AllPairs)
     paired, used = np.zeros(len(data.split), bool), np.ascontiguousarray(pairs.chosen if dial else pairs)
     if used.min() >= 0 and used.max() < len(paired):
@@ -154,7 +155,6 @@ def train_images(args, data, pairs, sheet=True):
     network = dict(size=args.size, patch=args.patch, channels=list(args.channels), blocks=list(args.blocks), cond=args.cond,
                    cls_dim=data.cls.shape[1], token_shape=list(data.tokens.shape[1:]), **dict(dial=True) if dial else {})
     recipe = ("preset", "loss", "noise_size", "cond_drop", "batch", "steps", "lr", "warmup", "decay", "ema", "seed", "time_power")
-    rows = some_of(np.flatnonzero(data.split == 0))
     config = dict(network=network, encoder=data.meta["encoder"], pairs=zlib.crc32(pairs.ends if dial else b"", zlib.crc32(used)),
                   data=zlib.crc32(np.ascontiguousarray(data.cls[rows])), **{key: getattr(args, key) for key in recipe})
 
@@ -163,7 +163,7 @@ def train_images(args, data, pairs, sheet=True):
     if args.cond in ("film", "both"):
         model.cls_norm.fit(data.cls[rows])
     if args.cond in ("tokens", "both"):
-        model.token_norm.fit(data.tokens[rows])
+        model.token_norm.fit(data.tokens[rows[::1 + len(rows) * data.tokens.shape[1] // 2 ** 17]])     # 131,072 at most
 
     def loss_of(net, x, eps, t, **condition):
         x = x.permute(0, 3, 1, 2) / 127.5 - 1                          # [b, 3, S, S] in [-1, 1]
@@ -210,7 +210,7 @@ def local(model):
 
 @torch.no_grad()
 def update_ema(ema, model, step, decay):
-    """ema <- d ema + (1 - d) model, with d warmed up from 0.1 to `decay`."""
+    """ema <- d ema + (1 - d) model, with d warmed up from 0.1 to `decay`: ours, so that a short training forgets its start."""
     torch._foreach_lerp_(local(ema), local(model), 1 - min(decay, (1 + step) / (10 + step)))
 
 
@@ -249,6 +249,9 @@ def train(args, config, model, batches, loss_of, show=lambda ema, device, rank: 
     """
     device, rank, world = system.start(args.device)
     system.at_least_one(args, "batch", "accumulate", "steps", "log_every", "save_every", "sample_steps")
+    system.above_zero(args, "lr")
+    if args.workers < 0 or not 0 <= args.ema < 1:
+        system.die(f"--workers {args.workers} --ema {args.ema}: expected a number from 0, and one from 0 to below 1")
     if args.batch % (world * args.accumulate):
         system.die(f"--batch {args.batch} does not divide into {world} processes x {args.accumulate} backward passes")
     if args.fsdp and not dist.is_initialized():

@@ -294,6 +294,7 @@ def test_errors_are_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys):
         assert stop.value.code == 2 and len(lines) == 1 and words in lines[0] and name in lines[0]
         assert not (tmp_path / "out" / "data.json").exists() and not (tmp_path / "out" / "images.npy").exists()
     for flags, words in ((("--augment", -1), "--augment -1"), (("--augment", 1, "--cls-only"), "--cls-only"),
+                         (("--batch", -5), "--batch -5"),
                          (("--held-out", "--cls-only"), "--held-out"),
                          (("--pages", "class", "--preset", "emoji16"), "openmoji knows no classes"),
                          (("--pages", "class", "--images", tmp_path / "junk"), "junk knows no classes")):

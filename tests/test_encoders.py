@@ -219,6 +219,21 @@ def test_without_the_extra_one_line_says_what_to_install(tmp_path, photos, monke
     assert "pip install -r requirements-encoders.txt" in error and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name, family, published, px", [
+    ("dinov2_vits14", "dinov2", "facebook/dinov2-small", 224), ("dinov2_vitb14", "dinov2", "facebook/dinov2-base", 224),
+    ("dinov2_vitl14", "dinov2", "facebook/dinov2-large", 224), ("siglip_b", "siglip", "google/siglip-base-patch16-224", 224),
+    ("siglip_l", "siglip", "google/siglip-large-patch16-256", 256), ("clip_vitb32", "clip", "openai/clip-vit-base-patch32", 224)])
+def test_each_name_is_a_published_model_at_its_own_size(name, family, published, px, tmp_path):
+    """A directory of it too; DINOv2's config.json says 518, where it was trained last, but it is published for 224."""
+    make, found = embed.find(name, 128)
+    assert (make.func, make.args, found) == (embed.transformer, (family, published), px)
+    size = dict(image_size=518 if family == "dinov2" else px)
+    config = size if family == "dinov2" else dict(vision_config=size)
+    (tmp_path / "config.json").write_text(json.dumps(dict(model_type=family, **config)))
+    make, found = embed.find(str(tmp_path), 128)
+    assert (make.func, make.args, found) == (embed.transformer, (family, str(tmp_path)), px)
+
+
 def test_what_is_no_encoder_is_one_line(tmp_path, photos, monkeypatch, capsys):
     def error(*flags):
         return error_of(monkeypatch, capsys, "--images", photos[0], "--out", tmp_path / "out", *flags)

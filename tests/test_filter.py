@@ -10,22 +10,22 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-ARRAYS = ("cls", "pages", "split", "names", "images", "tokens", "pairs", "sims")
+ARRAYS = ("cls", "pages", "split", "names", "pairs", "sims")
 spec = importlib.util.spec_from_file_location("filter_pairs", ROOT / "02_filter_pairs.py")
 filter_pairs = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(filter_pairs)
 
 
 def write_folder(folder, cls, pages, split, names=None):
-    """What 01_embed.py would write, with the least possible images and tokens."""
+    """What 01_embed.py would write, as far as 02 reads it."""
     folder.mkdir(parents=True, exist_ok=True)
     n = len(cls)
     names = [f"image {i}" for i in range(n)] if names is None else names
     arrays = dict(cls=np.asarray(cls, np.float32), pages=np.asarray(pages, np.int32), split=np.asarray(split, np.uint8),
-                  names=np.array(names), images=np.zeros((n, 2, 2, 3), np.uint8), tokens=np.zeros((n, 1, 4), np.float16))
+                  names=np.array(names))
     for name, array in arrays.items():
         np.save(folder / f"{name}.npy", array)
-    (folder / "data.json").write_text(json.dumps(dict(preset="digits16", encoder=dict(name="test", px=8, tokens=None))))
+    (folder / "data.json").write_text(json.dumps(dict(preset="digits16", images=n, encoder=dict(name="test", px=8))))
     return folder
 
 

@@ -186,6 +186,16 @@ def test_copy_score_is_of_the_own_condition():
     assert metrics.copy_score(cls, torch.tensor(own), np.array([7, 2])) == pytest.approx(np.mean(cosines), abs=1e-6)
 
 
+def test_page_similarity_is_of_two_different_images_of_a_page():
+    rng = np.random.default_rng(6)
+    cls, pages = features(rng, 9, 5).astype(np.float32), np.array([0, 0, 1, 1, 0, 1, 2, 2, 3])
+    conditions, others = np.array([0, 2, 3, 8]), np.array([1, 2, 4, 5, 6])
+    cosine = lambda i, j: cls[i] @ cls[j] / np.linalg.norm(cls[i]) / np.linalg.norm(cls[j])  # noqa: E731
+    cosines = [cosine(i, j) for i in conditions for j in others if i != j and pages[i] == pages[j]]
+    assert len(cosines) == 5 and metrics.page_similarity(cls, pages, conditions, others) == pytest.approx(np.mean(cosines))
+    assert metrics.page_similarity(cls, pages, np.array([8]), others) is None
+
+
 def fake_data(pages, split, names=None):
     names = np.array(names or ["x"] * len(pages))
     return SimpleNamespace(folder="here", pages=np.array(pages), split=np.array(split), names=names)
@@ -211,12 +221,11 @@ def write_folder(folder, per_page, k):
     pages, first = np.repeat(np.arange(8), per_page), per_page * 2 // 3
     cls, split = features(rng, n, d) + rng.normal(size=(8, d))[pages], (np.arange(n) % per_page >= first)
     arrays = dict(cls=cls.astype(np.float32), pages=pages.astype(np.int32), split=split.astype(np.uint8),
-                  names=np.array([f"image {i}" for i in range(n)]), images=np.zeros((n, 2, 2, 3), np.uint8),
-                  tokens=np.zeros((n, 1, 2), np.float16))
+                  names=np.array([f"image {i}" for i in range(n)]))
     for name, array in arrays.items():
         np.save(folder / f"{name}.npy", array)
     encoder = dict(name="test", px=8, size=2, dim=d, tokens=[1, 2])
-    (folder / "data.json").write_text(json.dumps(dict(preset="digits16", encoder=encoder)))
+    (folder / "data.json").write_text(json.dumps(dict(preset="digits16", images=n, encoder=encoder)))
     conditions = np.arange(first, n, per_page)                                   # the first held-out image of each page
     for name, model, guidance, spread in (("a", "recon", 1.0, 0.1), ("b", "pairs", 2.0, 0.5), ("c", "pairs", 0.0, 1.0)):
         made = folder / "samples" / name
@@ -250,7 +259,7 @@ def test_command_line(folder):
     unseen = np.delete(cls, np.arange(6, 72, 9), 0)[np.delete(split, np.arange(6, 72, 9)) == 1]
     assert rows[2]["fid"] == pytest.approx(fid(samples, unseen)) and rows[2]["kid"] == pytest.approx(kid(samples, unseen))
     assert (rows[2]["precision"], rows[2]["recall"]) == brute_precision_recall(unseen, samples, 3)
-    assert rows[3]["copy"] > rows[2]["copy"] > rows[1]["copy"] and rows[0]["copy"] is None
+    assert rows[3]["copy"] > rows[2]["copy"] > rows[1]["copy"] > rows[0]["copy"]           # real: two images of a page
     table = [line.split() for line in done.stdout.splitlines()]
     assert table[0] == "reference model guidance repeats n m fid kid precision recall copy".split()
     assert table[3][:6] == "unseen pairs 2 1 40 16".split()

@@ -35,7 +35,7 @@ def sample(monkeypatch, folder, out, *flags):
 def test_command_line_writes_samples_conditions_and_a_sheet(folder):
     subprocess.run([sys.executable, ROOT / "05_sample.py", "--data", folder, "--device", "cpu", "--variations", "2",
                     "--sample-steps", "2", "--guidance", "0.5"], check=True, cwd=ROOT)
-    out = folder / "samples" / "pairs_w0.5"
+    out = folder / "samples" / "pairs_w0.5_steps2_k2"                  # a name of what is not as usual
     samples = np.load(out / "samples.npy", allow_pickle=False)
     assert samples.shape == (4, 2, 16, 16, 3) and samples.dtype == np.uint8 and samples.std() > 0
     assert np.load(out / "conditions.npy", allow_pickle=False).tolist() == [4, 9, 14, 19]     # the held-out image of each page
@@ -48,7 +48,7 @@ def test_conditions_of_a_protocol(folder, monkeypatch, capsys):
     """per_page images of each page; a draw takes the next ones, of pages that have them; the full set takes all."""
     pages, split = np.array([0, 0, 0, 1, 1, 1, 2, 2], np.int32), np.array([1, 0, 1, 1, 1, 1, 0, 1], np.uint8)
     data = system.Data(folder)
-    data.pages, data.split = pages, split
+    data.pages, data.split = pages, split                              # in place of the files
     assert data.conditions().tolist() == [0, 3, 7] and data.conditions(draw=1).tolist() == [2, 4]
     assert data.conditions(2).tolist() == [0, 2, 3, 4, 7] and data.conditions(2, 1).tolist() == [5]
     assert data.conditions(None).tolist() == [0, 2, 3, 4, 5, 7] and data.conditions(draw=3).size == 0
@@ -60,7 +60,7 @@ def test_conditions_of_a_protocol(folder, monkeypatch, capsys):
     words = ["--data", folder, "--device", "cpu", "--sample-steps", "2", "--guidance", "0", "--protocol", "sun397-oneshot"]
     monkeypatch.setattr(sys, "argv", ["05_sample.py", *map(str, words)])
     sampler.main()
-    made = folder / "sun397-oneshot" / "pairs_w0"
+    made = folder / "sun397-oneshot" / "pairs_w0_steps2"
     assert np.load(made / "samples.npy", allow_pickle=False).shape[:2] == (4, 25)
     assert system.read_json(made / "samples.json")["protocol"] == "sun397-oneshot"
 

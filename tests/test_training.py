@@ -227,6 +227,32 @@ def test_pairs_of_other_data_are_refused(train_args, capsys, pairs):
     assert stop.value.code == 2 and "02_filter_pairs.py again" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("flags", ["--seed -1", "--lr -1", "--lr nan", "--workers -1", "--ema 1", "--steps 0", "--batch 0"])
+def test_numbers_out_of_range_are_one_line(train_args, capsys, flags):
+    with pytest.raises(SystemExit) as stop:
+        run(train_args(*flags.split()))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and flags.split()[0] in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "xla", *["cuda"] * (not torch.cuda.is_available())])
+def test_a_device_that_is_not_there_is_one_line(capsys, device):
+    with pytest.raises(SystemExit) as stop:
+        system.start(device)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and "cpu" in error
+
+
+def test_data_opens_only_what_is_asked_for(tiny_data, capsys):
+    for name in ("tokens", "names", "images"):
+        (tiny_data / f"{name}.npy").unlink()
+    data = system.Data(tiny_data)
+    assert data.cls.shape == (20, 6) and data.conditions().tolist() == [4, 9, 14, 19] and not hasattr(data, "nonsense")
+    with pytest.raises(SystemExit) as stop:
+        data.embeddings([0], "both", "cpu")
+    assert stop.value.code == 2 and "tokens.npy is missing" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("bad", ["missing", "truncated", "pickled", "shape", "checkpoint"])
 def test_bad_files_are_one_line_and_exit_code_2(tiny_data, bad, capsys):
     path = tiny_data / "cls.npy"
@@ -242,7 +268,7 @@ def test_bad_files_are_one_line_and_exit_code_2(tiny_data, bad, capsys):
         if bad == "checkpoint":
             torch.save([1, 2], tiny_data / "x.pt")
             system.read_checkpoint(tiny_data / "x.pt")
-        system.Data(tiny_data)
+        assert not system.Data(tiny_data).cls
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
     assert ("x.pt" if bad == "checkpoint" else "cls.npy") in error

@@ -291,3 +291,13 @@ def test_sweep_shares_models_with_the_table_and_is_plotted(tiny_data, monkeypatc
     monkeypatch.setattr(sys, "argv", [*command, "figures"])
     twostage.main()
     assert (out / "sweep.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("flags", ["--prior-width 200", "--prior-lr -1", "--prior-weight-decay -1", "--lr 0", "--prior-batch 0"])
+def test_numbers_out_of_range_are_one_line_before_any_training(tiny_data, monkeypatch, capsys, flags):
+    monkeypatch.setattr(sys, "argv", ["07_twostage.py", "--data", str(tiny_data), *FLAGS, *flags.split()])
+    with pytest.raises(SystemExit) as stop:
+        twostage.main()
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and flags.split()[0] in error and error.count("\n") == 1
+    assert not (tiny_data / "twostage").exists()
