@@ -207,7 +207,8 @@ CLAIMS = [
      ["digits recall pairs_full_w1 > recon_full_w1", "digits fid pairs_full_w1 < recon_full_w1",
       "digits recall pairs_w1 > recon_w1", "digits fid pairs_w1 < recon_w1",
       "photos recall photos_w1 > photos_recon_w1", "photos fid photos_w1 < photos_recon_w1"],
-     "", ""),
+     """![A held-out square of a photograph and eight samples of photos_recon; again, and of photos](claims_photos_sheet.png)""",
+     ""),
     ("Cross-attention on local tokens beats FiLM on the global embedding",
      """Attending to the encoder's local tokens gives a lower FID than modulating by its global embedding.""",
      ["digits fid tokens_w1 < film_w1", "also digits recall tokens_w1 > film_w1",
@@ -414,6 +415,10 @@ def write(runs, page):
             out = runs / "scores" / f"{shown}_curves"
             script(f"06_fewshot_metrics.py --data {runs / shown} --out {out} --samples {' '.join(folders)}")
             shutil.copy(out / "metrics.png", page.with_name(f"claims_{shown}.png"))
+    sheets = [runs / "0" / "photos" / f"{name}_w1" / "sheet.png" for name in ("photos_recon", "photos")]
+    if all(sheet.exists() for sheet in sheets):
+        beside = np.concatenate([np.asarray(Image.open(sheet)) for sheet in sheets], 1)
+        Image.fromarray(beside).save(page.with_name("claims_photos_sheet.png"))
     print(f"wrote {page}")
 
 

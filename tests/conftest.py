@@ -1,8 +1,8 @@
-"""The scripts live one folder up and are not a package."""
+"""The scripts live one folder up, their benchmarks beside this one, and neither is a package."""
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "benchmarks")]
 
 import json  # noqa: E402
 

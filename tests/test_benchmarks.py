@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import report
+
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-report = importlib.import_module("report")
 
 
 @pytest.fixture

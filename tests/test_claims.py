@@ -1,7 +1,5 @@
 """benchmarks/claims.py and beyond.py: claims name models that exist, verdicts and curves follow from the figures."""
-import importlib
 import json
-import sys
 import time
 from pathlib import Path
 
@@ -9,9 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import beyond
+import claims
+import report
+
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-beyond, claims, report = (importlib.import_module(name) for name in ("beyond", "claims", "report"))
 
 
 def test_claims_compare_what_is_run():

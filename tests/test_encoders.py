@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import scaling
+import scaling
 
 embed = importlib.import_module("01_embed")
 CPU = torch.device("cpu")

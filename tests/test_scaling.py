@@ -1,7 +1,6 @@
 """benchmarks/scaling.py: what it counts against closed forms and hand counts; docs/scaling.md is what it prints."""
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,11 +10,10 @@ from torch import nn
 from torch.distributed.run import get_args_parser
 
 import common
+import report
+import scaling
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import report  # noqa: E402
-import scaling  # noqa: E402
 
 TOY = dict(parameters=1000, block=100, root=50, step=[3e9, 4e9], image=[2 ** 20, 2 ** 18], copies=2000)
 

@@ -20,9 +20,9 @@ import pytest
 import torch
 from PIL import Image
 
+from stress import contents, different, fresh, meaning, torn
+
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-from stress import contents, different, fresh, meaning, torn  # noqa: E402
 
 STAGES = dict(                                                         # as on the command line, in the folder data/
     embed="01_embed.py --images images --out data --overwrite",        # of data/samples/w1 is made what is made of samples
