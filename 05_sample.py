@@ -97,6 +97,7 @@ def main():
     if reads != found:                                                                  # such as 07 trains with --label page
         system.die(f"{args.checkpoint} reads embeddings of D, T, C = {reads}, {args.data} has {found}; give another of the two")
 
+    pictures = data.images                                                              # of the sheet: missing, if so, now
     conditions, k, size = data.conditions(args.per_page, args.draw), args.variations, config["network"]["size"]
     if args.draw and (args.per_page is None or not (data.split == 1).any()):
         system.die(f"--draw {args.draw}: every image is a condition already, there is no other draw")
@@ -140,7 +141,7 @@ def main():
             with system.writing(args.out / "samples.json") as f:
                 f.write(json.dumps(about, indent=1).encode())
             shown = np.linspace(0, len(conditions) - 1, min(len(conditions), 16)).astype(int)           # up to 16, from all over
-            rows = [[data.images[conditions[i]]] + [image for s in (*beside, samples) for image in (None, *s[i, :8])]
+            rows = [[pictures[conditions[i]]] + [image for s in (*beside, samples) for image in (None, *s[i, :8])]
                     for i in shown]
             system.contact_sheet(args.out / "sheet.png", rows)
     if rank == 0:

@@ -123,7 +123,7 @@ def serve():
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """run(folder, stage or command, kill_at=0, file_limit=0): (exit code, what it printed)."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'benchmarks'}"}
     server = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
 
     def run(folder, command, kill_at=0, file_limit=0):
