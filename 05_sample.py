@@ -97,7 +97,7 @@ def main():
     if reads != found:                                                                  # such as 07 trains with --label page
         system.die(f"{args.checkpoint} reads embeddings of D, T, C = {reads}, {args.data} has {found}; give another of the two")
 
-    pictures = data.images                                                              # of the sheet: missing, if so, now
+    pictures = data.images                                                              # for the sheet; if missing, die now
     conditions, k, size = data.conditions(args.per_page, args.draw), args.variations, config["network"]["size"]
     if args.draw and (args.per_page is None or not (data.split == 1).any()):
         system.die(f"--draw {args.draw}: every image is a condition already, there is no other draw")

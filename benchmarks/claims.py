@@ -232,7 +232,7 @@ CLAIMS = [
      """More guidance makes samples more typical and less diverse; the best FID lies at a moderate guidance.""",
      [what for shown, m in (("digits", "pairs_full"), ("digits", "recon_full"), ("photos", "photos")) for what in (
          f"{shown} precision {m}_w2 > {m}_w0", f"{shown} recall {m}_w2 < {m}_w0", f"{shown} fid {m}_w1 < {m}_w0",
-         f"{shown} fid {m}_w1 < {m}_w4")],
+         f"{shown} fid {m}_w1 < {m}_w4", f"also {shown} precision {m}_w1 > {m}_w0")],
      """The curves: ![digits](claims_digits.png) ![photographs](claims_photos.png)""", ""),
     ("Label-grouped training wins on its own classes and loses on pages it never saw",
      """Grouping images by class label in place of web page gives a better FID on the classes of that data set and a worse one
