@@ -49,14 +49,16 @@ MODELS = {
 }
 ROWS = ("unconditional", "kmeans", "oracle", "2sdm", "2sdm_fewer_steps")
 # Sets of samples: the data folder of the conditions (of the model itself, if its encoder is another), further flags of 05.
-SETS = {"digits": ("digits", "--draw {seed}"), "fullset": ("digits", "--protocol fullset"),
-        "photos": ("photos", "--draw {seed} --variations 30")}
+SETS = {"digits": ("digits", "--draw {seed}"), "hundred": ("digits", "--draw {seed} --per-page 10 --variations 6"),
+        "fullset": ("digits", "--protocol fullset"), "photos": ("photos", "--draw {seed} --variations 30")}
 # name: (set, guidance) of all that is sampled from it. Every other model: the digits, w = 1.
-SAMPLED = {**dict.fromkeys(("recon", "pairs"), [("digits", 1), ("fullset", 1)]),
-           **dict.fromkeys(("recon_full", "pairs_full"), [*(("digits", w) for w in (1, 0, 2, 4)), ("fullset", 1)]),
-           **dict.fromkeys(("web", "classes"), [("digits", 1), ("photos", 1)]),
-           "photos": [("photos", w) for w in (1, 0, 2, 4)],
-           **dict.fromkeys(("photos_recon", "photos_random"), [("photos", 1)])}
+SAMPLED = {
+    **dict.fromkeys(("recon", "pairs"), [("digits", 1), ("fullset", 1)]),
+    **dict.fromkeys(("recon_full", "pairs_full"), [*(("digits", w) for w in (1, 0, 2, 4)), ("fullset", 1), ("hundred", 1)]),
+    **dict.fromkeys(("web", "classes"), [("digits", 1), ("photos", 1)]),
+    **dict.fromkeys(("photos_recon", "photos_random"), [("photos", 1)]),
+    "photos": [("photos", w) for w in (1, 0, 2, 4)],
+}
 # Data folders with another encoder, and the folder whose images and pairs they have.
 ENCODERS = {"lite2": ("efficientnet_lite2", "digits"), "random": ("random", "digits"), "photos_random": ("random", "photos")}
 # Functions of skimage.data.
@@ -198,7 +200,7 @@ CLAIMS = [
      its training ends.""",
      ["digits copy recon_full_w1 > real", "digits copy recon_full_w1 > pairs_full_w1", "digits copy recon_w1 > pairs_w1",
       "digits recall recon_w1 < pairs_w1", "photos copy photos_recon_w1 > photos_w1", "also digits copy recon_w1 > real",
-      "also digits copy pairs_full_w1 > real"],
+      "also digits copy pairs_full_w1 > real", "also photos copy photos_recon_w1 > real"],
      """copy: mean cosine of a sample and its condition; `real`: of a condition and the other held-out digits of its class.
      The short training is the early one.""", ""),
     ("Pairs give variations: higher few-shot recall, lower few-shot FID",
@@ -206,9 +208,9 @@ CLAIMS = [
      show it.""",
      ["digits recall pairs_full_w1 > recon_full_w1", "digits fid pairs_full_w1 < recon_full_w1",
       "digits recall pairs_w1 > recon_w1", "digits fid pairs_w1 < recon_w1",
-      "photos recall photos_w1 > photos_recon_w1", "photos fid photos_w1 < photos_recon_w1"],
-     """![A held-out square of a photograph and eight samples of photos_recon; again, and of photos](claims_photos_sheet.png)""",
-     ""),
+      "photos recall photos_w1 > photos_recon_w1", "photos fid photos_w1 < photos_recon_w1",
+      "also hundred recall pairs_full_w1 > recon_full_w1", "also hundred fid pairs_full_w1 < recon_full_w1"],
+     "", ""),
     ("Cross-attention on local tokens beats FiLM on the global embedding",
      """Attending to the encoder's local tokens gives a lower FID than modulating by its global embedding.""",
      ["digits fid tokens_w1 < film_w1", "also digits recall tokens_w1 > film_w1",
@@ -233,7 +235,7 @@ CLAIMS = [
      [what for shown, m in (("digits", "pairs_full"), ("digits", "recon_full"), ("photos", "photos")) for what in (
          f"{shown} precision {m}_w2 > {m}_w0", f"{shown} recall {m}_w2 < {m}_w0", f"{shown} fid {m}_w1 < {m}_w0",
          f"{shown} fid {m}_w1 < {m}_w4", f"also {shown} precision {m}_w1 > {m}_w0")],
-     """The curves: ![digits](claims_digits.png) ![photographs](claims_photos.png)""", ""),
+     "", ""),
     ("Label-grouped training wins on its own classes and loses on pages it never saw",
      """Grouping images by class label in place of web page gives a better FID on the classes of that data set and a worse one
      on other data sets.""",
@@ -271,13 +273,17 @@ CLAIMS = [
      """prior_share: of the sampling time. time: of an image, in steps of the image model, steps / (1 - prior_share); clocks are
      disturbed here by what runs beside it ([the README](../README.md#2sdm-first-what-then-how) has milliseconds).""", ""),
 ]
+PICTURES = {
+    2: "![A held-out square of a photograph, eight samples of photos_recon; again, eight of photos](claims_photos_sheet.png)",
+    7: "![Precision against recall over guidance, digits](claims_digits.png) ![photographs](claims_photos.png)"}
 INTRODUCTION = """# The papers' claims, measured again
 
 Written by `python benchmarks/claims.py write`, after `python benchmarks/claims.py run`. Mean ± s.d. over the seeds; a seed
 decides the training, the sampling, and which held-out images are the conditions.
 
 - The digits at 16 px: ten conditions with 60 samples each, against the 970 held-out digits that are a condition in no seed.
-  1,600 steps of 16 images a model. `_full`: 1,600 steps of 32, sampled with 12 steps, as in `make demo`.
+  1,600 steps of 16 images a model. `_full`: 1,600 steps of 32, sampled with 12 steps, as in `make demo`. `hundred`: a hundred
+  conditions, ten of each digit, with 6 samples each.
 - The photographs at 16 px (`photos`): 18 of scikit-image's, each cut into a page of disjoint squares; a fifth of the squares is
   held out. 18 conditions, 30 samples each, against the other held-out squares.
 - 2SDM (10 to 13): 1,000 steps of 32, 1,000 samples a row against the 1,000 held-out digits, w = 0, as in `make twostage`.
@@ -348,7 +354,7 @@ def figures(rows, shown, samples, metric):
         return {seed: float(samples) for *_, seed in rows}
     if samples == "real":
         return {seed: rows[shown, "real", None][metric] for *_, seed in rows} if (shown, "real", None) in rows else {}
-    return {seed: row[metric] for (where, name, seed), row in rows.items() if (where, name) == (shown, samples)}
+    return {seed: row[metric] for (where, name, seed), row in rows.items() if (where, name) == (shown, samples) and metric in row}
 
 
 def summary(values, metric):
@@ -382,10 +388,11 @@ def claim(rows, comparisons):
         lines.append(f"| {' | '.join(cells)} |")
         if not also:
             outcomes.append(holds)
-    always, never = sum(map(all, outcomes)), len(outcomes) - sum(map(any, outcomes))
+    measured = [holds for holds in outcomes if holds]
+    always, never = sum(map(all, measured)), len(measured) - sum(map(any, measured))
     seeds = min(filter(None, map(len, outcomes)), default=3)
     said = verdict(outcomes) + (f" ({seeds} seed{'s' * (seeds > 1)} only)" if seeds < 3 else "")
-    return said, (always, len(outcomes) - always - never, never), lines
+    return said, (always, len(measured) - always - never, never), lines
 
 
 def command(comparisons):
@@ -406,8 +413,8 @@ def write(runs, page):
         titles.append(f"| {number} | {title} | {said} | {', '.join(map(str, holding))} |")
         body += [f"## {number}. {title}: {said}", ""]
         for text in (f"*The paper:* {paper} {remark}", f"*Tried:* {tried}" * bool(tried)):
-            body += [*textwrap.wrap(" ".join(text.split()), 128, break_long_words=False), ""] * bool(text)
-        body += [*table, "", f"`{command(comparisons)}`", ""]
+            body += [*textwrap.wrap(" ".join(text.split()), 128, break_long_words=False, break_on_hyphens=False), ""] * bool(text)
+        body += [PICTURES[number], ""] * (number in PICTURES) + [*table, "", f"`{command(comparisons)}`", ""]
     page.write_text("\n".join([INTRODUCTION, *titles, "", *body, LEFT_OUT]))
     for shown, wanted in (("digits", ("recon_full", "pairs_full")), ("photos", ("photos", "photos_recon"))):
         folders = [str(path.parent) for name in wanted for path in sorted(runs.glob(f"[0-9]*/{shown}/{name}_w*/data.json"))]
