@@ -1,6 +1,6 @@
 """03: the reconstruction baseline. The condition is the embedding of the target itself, and the model learns to copy.
 
-Reads   DATA of 01_embed.py: images.npy, cls.npy, tokens.npy, split.npy
+Reads   DATA of 01_embed.py: images.npy, cls.npy, tokens.npy, split.npy, pages.npy (for the preview)
 Writes  DATA/recon.pt {model, ema, optimizer, step, config}, recon.jsonl (loss, also by noise level), recon.png (a preview)
 
     minimise over theta   E | v_theta(alpha x + sigma eps, logsnr, embed(x)) - v |^2,   v = alpha eps - sigma x   (--loss v)

@@ -1,6 +1,7 @@
 """04: Semantica. The condition is the embedding of another image of the target's page, and the model learns to vary.
 
-Reads   DATA of 01_embed.py: images.npy, cls.npy, tokens.npy, split.npy; pairs.npy of 02_filter_pairs.py (--dial: pages.npy)
+Reads   DATA of 01_embed.py: images.npy, cls.npy, tokens.npy, split.npy, pages.npy (for the preview, and --dial)
+        pairs.npy of 02_filter_pairs.py
 Writes  DATA/pairs.pt {model, ema, optimizer, step, config}, pairs.jsonl (loss, also by noise level), pairs.png (a preview)
 
     minimise over theta   E | v_theta(alpha x + sigma eps, logsnr, embed(y)) - v |^2,   v = alpha eps - sigma x   (--loss v)

@@ -32,7 +32,7 @@ import system
 def main():
     p = system.parser(__doc__)
     p.add_argument("--checkpoint", type=Path, help="what 03 or 04 wrote (default DATA/pairs.pt)")
-    p.add_argument("--out", type=Path, help="folder to write (default DATA/samples/CHECKPOINT_wGUIDANCE, or DATA/PROTOCOL/...)")
+    p.add_argument("--out", type=Path, help="folder to write (default DATA/samples or DATA/PROTOCOL, /CHECKPOINT_wGUIDANCE...)")
     p.add_argument("--guidance", type=float, default=1.0, help="w; 0 is plain conditional sampling")
     p.add_argument("--protocol", choices=common.PROTOCOLS, default="fewshot", help="how many conditions, how many variations")
     p.add_argument("--per-page", type=int, help="conditioning images of each page")
@@ -57,7 +57,7 @@ def main():
                                          (f"cads{args.cads:g}", args.cads), ("tcfg", args.tcfg)) if wanted]
     words = [f"{args.checkpoint.stem}_w{args.guidance:g}", *variant, *(f"s{s:g}" for s in args.similarity or [])]
     usual = common.PRESETS[args.preset or "digits16"] | common.PROTOCOLS[args.protocol]
-    words += [f"{name}{value:g}" for name, value, default in (
+    words += [f"{name}{value:g}" if isinstance(value, float) else f"{name}{value}" for name, value, default in (
         ("draw", args.draw, 0), ("seed", args.seed, 0), ("steps", args.sample_steps, usual["sample_steps"]),
         ("k", args.variations, usual["variations"]), ("perpage", args.per_page, usual.get("per_page")),
         ("power", args.power, None), ("interpolation", args.interpolation, None)) if value != default]

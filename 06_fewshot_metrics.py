@@ -155,13 +155,12 @@ def copy_score(cls, features, conditions):
 
 def page_similarity(cls, pages, conditions, others):
     """Mean cosine of the images `conditions` and those images `others` that share their page; None if there are none."""
-    total = count = 0
-    for page in np.unique(pages[conditions]):
-        own, rest = (indices[pages[indices] == page] for indices in (conditions, others))
-        sums = (F.normalize(torch.from_numpy(np.array(cls[indices])).double()).sum(0) for indices in (own, rest))
-        same = len(np.intersect1d(own, rest))                          # an image and itself: not counted
-        total, count = total + float(torch.dot(*sums)) - same, count + len(own) * len(rest) - same
-    return total / count if count else None
+    means = []
+    for c in conditions:
+        same = others[(pages[others] == pages[c]) & (others != c)]
+        if len(same):
+            means.append(torch.cosine_similarity(torch.from_numpy(cls[same]), torch.from_numpy(cls[[c]])).double().mean())
+    return float(sum(means) / len(means)) if means else None
 
 
 def references(data, conditions, with_conditions=False):

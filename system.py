@@ -206,8 +206,10 @@ def start(device):
         torch.cuda.set_device(local)
         torch.set_float32_matmul_precision("high")                     # TF32 for what stays in float32
     try:
+        if device.partition(":")[0] not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("this project does not know it")
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as e:                        # no such name, or not in this build or machine
+    except (RuntimeError, AssertionError) as e:                        # not in this build, or not in this machine
         die(f"--device {device}: {str(e).splitlines()[0]}; give cpu, cuda or mps")
     if not alone:
         backend = "nccl" if device.startswith("cuda") else "gloo"

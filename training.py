@@ -171,16 +171,16 @@ def train_images(args, data, pairs, sheet=True):
         alpha, sigma = common.alpha_sigma(logsnr)
         return common.diffusion_loss(net(alpha * x + sigma * eps, logsnr, **condition), x, eps, logsnr, args.loss)
 
-    show = [partial(preview, args, config, data)] if sheet else []
+    show = [partial(preview, args, config, data, data.conditions())] if sheet else []
     train(args, config, model, PairBatches(args, data, pairs, rank, world), loss_of, *show)
 
 
-def preview(args, config, data, model, device, rank):
-    """Eight samples (w = 1) for each of up to eight conditions, with the same noise every time: OUT with .png.
+def preview(args, config, data, chosen, model, device, rank):
+    """Eight samples (w = 1) for each of up to eight of the images `chosen`, with the same noise every time: OUT with .png.
 
     Of a model with a dial they are for similarities from 1 to 0.5.
     """
-    chosen, k = data.conditions(), 8
+    k = 8
     chosen = chosen[np.linspace(0, len(chosen) - 1, min(len(chosen), 8)).astype(int)]            # from all over
     condition = {name: c.repeat_interleave(k, 0) for name, c in data.embeddings(chosen, args.cond, device).items()}
     if config["network"].get("dial"):

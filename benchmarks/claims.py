@@ -40,6 +40,7 @@ MODELS = {
     "small": ("digits", "04_train_pairs.py", f"{BUDGET} --channels 16 32 64"),
     "lite2": ("lite2", "04_train_pairs.py", BUDGET),
     "random": ("random", "04_train_pairs.py", BUDGET),
+    "pages": ("pages", "04_train_pairs.py", BUDGET),
     "web": ("web", "04_train_pairs.py", BUDGET),
     "classes": ("classes", "04_train_pairs.py", BUDGET),
     "photos": ("photos", "04_train_pairs.py", BUDGET),
@@ -55,7 +56,7 @@ SETS = {"digits": ("digits", "--draw {seed}"), "hundred": ("digits", "--draw {se
 SAMPLED = {
     **dict.fromkeys(("recon", "pairs"), [("digits", 1), ("fullset", 1)]),
     **dict.fromkeys(("recon_full", "pairs_full"), [*(("digits", w) for w in (1, 0, 2, 4)), ("fullset", 1), ("hundred", 1)]),
-    **dict.fromkeys(("web", "classes"), [("digits", 1), ("photos", 1)]),
+    **dict.fromkeys(("pages", "web", "classes"), [("digits", 1), ("photos", 1)]),
     **dict.fromkeys(("photos_recon", "photos_random"), [("photos", 1)]),
     "photos": [("photos", w) for w in (1, 0, 2, 4)],
 }
@@ -109,7 +110,7 @@ def prepare(runs, name):
     elif name == "emoji":                                              # with the encoder's input of the digits
         script(f"01_embed.py --preset emoji16 --encoder-px 128 --out {folder}")
         script(f"02_filter_pairs.py --data {folder}")
-    elif name in ("web", "classes", "photos"):
+    elif name in ("pages", "web", "classes", "photos"):
         if not (folder / "data.json").exists():
             images = runs / f"{name}_images"
             if name == "photos":
@@ -142,7 +143,7 @@ def save_pages(target, source, by_class=False):
 def save_tiles(target, across=8, size=64):
     """scikit-image's photographs, cut into squares, so many across the shorter side, as target/PHOTO/*.png: a page each.
 
-    No pixel is in two of them, so that what is held out has not been seen.
+    They do not overlap; resampling reads a pixel or two beyond the edge.
     """
     from skimage import data
     for name in PHOTOS:
@@ -198,11 +199,12 @@ CLAIMS = [
     ("Reconstruction training collapses to copies, early",
      """A network trained to reconstruct an image from its frozen embedding draws that image again with small changes, long before
      its training ends.""",
-     ["digits copy recon_full_w1 > real", "digits copy recon_full_w1 > pairs_full_w1", "digits copy recon_w1 > pairs_w1",
-      "digits recall recon_w1 < pairs_w1", "photos copy photos_recon_w1 > photos_w1", "also digits copy recon_w1 > real",
-      "also digits copy pairs_full_w1 > real", "also photos copy photos_recon_w1 > real"],
-     """copy: mean cosine of a sample and its condition; `real`: of a condition and the other held-out digits of its class.
-     The short training is the early one.""", ""),
+     ["digits copy recon_full_w1 > real", "digits copy recon_full_w1 > pairs_full_w1",
+      "digits recall recon_full_w1 < pairs_full_w1", "digits copy recon_w1 > real", "digits copy recon_w1 > pairs_w1",
+      "digits recall recon_w1 < pairs_w1",
+      "photos copy photos_recon_w1 > real", "photos copy photos_recon_w1 > photos_w1", "also digits copy pairs_full_w1 > real"],
+     """copy: mean cosine of a sample and its condition; `real`: of a condition and the other held-out images of its page. The
+     short training stands for early.""", ""),
     ("Pairs give variations: higher few-shot recall, lower few-shot FID",
      """Trained on two images of one web page, the same network draws diverse images of the same kind; few-shot FID and recall
      show it.""",
@@ -239,17 +241,18 @@ CLAIMS = [
     ("Label-grouped training wins on its own classes and loses on pages it never saw",
      """Grouping images by class label in place of web page gives a better FID on the classes of that data set and a worse one
      on other data sets.""",
-     ["digits fid classes_w1 < web_w1", "photos fid web_w1 < classes_w1", "also photos recall web_w1 > classes_w1",
-      "also digits fid classes_w1 < pairs_w1"],
-     """`classes`: a digit is a page; `web`: the same digits on pages of ten, and OpenMoji's pages; nothing is planted or filtered
-     in either. `photos` are new to both. `pairs` has the digits on pages of ten alone, planted and filtered.""", ""),
+     ["digits fid classes_w1 < pages_w1", "photos fid web_w1 < classes_w1", "also photos fid pages_w1 < classes_w1",
+      "also digits fid classes_w1 < web_w1", "also photos recall web_w1 > classes_w1"],
+     """`classes`: a digit is a page; `pages`: the same digits on pages of ten of a kind, so that only the number of
+     partners differs; `web`: those pages and OpenMoji's, as the web has pages of all sorts. Nothing is planted or filtered in
+     them, and the photographs are new to all three.""", ""),
     ("Full-set FID and instance similarity reward the copier; the few-shot protocol does not",
      """Where references contain the conditions, and where a sample is compared with its condition, a copy scores best; few-shot
      metrics put the model that varies first.""",
      ["fullset fid recon_full_w1 < pairs_full_w1", "fullset copy recon_full_w1 > pairs_full_w1",
       "fullset local recon_full_w1 > pairs_full_w1", "digits fid recon_full_w1 > pairs_full_w1",
-      "digits recall recon_full_w1 < pairs_full_w1", "also fullset fid recon_w1 < pairs_w1",
-      "also fullset copy recon_w1 > pairs_w1", "also fullset local recon_w1 > pairs_w1"],
+      "digits recall recon_full_w1 < pairs_full_w1", "fullset fid recon_w1 < pairs_w1",
+      "fullset copy recon_w1 > pairs_w1", "fullset local recon_w1 > pairs_w1"],
      """`fullset`: each of the 1,000 held-out images is a condition once, against all of them (`--protocol fullset`). local: mean
      cosine of the local tokens of a sample and its condition, place by place (LPIPS with equal weights is 2 - 2 local).""", ""),
     ("2SDM beats the unconditional model at equal budget",
@@ -268,10 +271,11 @@ CLAIMS = [
     ("The prior costs little, and fewer image steps pay for it",
      """The prior is a small share of the sampling time; with fewer image steps 2SDM takes no longer than the baseline and is
      still better.""",
-     ["twostage prior_share 2sdm < 0.2", "twostage time 2sdm_fewer_steps < unconditional",
-      "twostage fid 2sdm_fewer_steps < unconditional"],
-     """prior_share: of the sampling time. time: of an image, in steps of the image model, steps / (1 - prior_share); clocks are
-     disturbed here by what runs beside it ([the README](../README.md#2sdm-first-what-then-how) has milliseconds).""", ""),
+     ["twostage prior_share 2sdm < 0.2", "twostage fid 2sdm_fewer_steps < unconditional",
+      "also twostage ms_image 2sdm_fewer_steps < unconditional"],
+     """prior_share: of the sampling time. `2sdm_fewer_steps` has less arithmetic than the baseline by construction, prior
+     included. ms_image: milliseconds an image, disturbed here by what ran beside it; on an idle machine it takes less
+     ([the README](../README.md#2sdm-first-what-then-how)).""", ""),
 ]
 PICTURES = {
     2: "![A held-out square of a photograph, eight samples of photos_recon; again, eight of photos](claims_photos_sheet.png)",
@@ -283,17 +287,17 @@ decides the training, the sampling, and which held-out images are the conditions
 
 - The digits at 16 px: ten conditions with 60 samples each, against the 970 held-out digits that are a condition in no seed.
   1,600 steps of 16 images a model. `_full`: 1,600 steps of 32, sampled with 12 steps, as in `make demo`. `hundred`: a hundred
-  conditions, ten of each digit, with 6 samples each.
+  conditions, ten of each digit, with 6 samples each, against 700. `fullset`: all 1,000 in every seed.
 - The photographs at 16 px (`photos`): 18 of scikit-image's, each cut into a page of disjoint squares; a fifth of the squares is
-  held out. 18 conditions, 30 samples each, against the other held-out squares.
+  held out (some squares are nearly uniform, and alike). 18 conditions, 30 samples each, against the other held-out squares.
 - 2SDM (10 to 13): 1,000 steps of 32, 1,000 samples a row against the 1,000 held-out digits, w = 0, as in `make twostage`.
 
 `_wW` is guidance W. FID is in features of Lite0 at 128 px: directions can be compared with the papers, levels cannot. The papers'
 tables were not at hand; where an abstract gives a figure it is quoted.
 
-A claim is *reproduced* if each of its comparisons holds in every seed, *opposite* if none holds in any, *in part* if some hold in
-every seed, else *not at this scale*. Lines with "also" are no part of the paper's sentence and decide nothing. A comparison of
-two equal models would hold in all three seeds one time in eight.
+A claim is *reproduced* if each of its comparisons holds in every seed, *opposite* if none holds in any, *in part* if at least half
+of them hold in every seed, else *not at this scale*. Lines with "also" are no part of the paper's sentence and decide nothing. A
+comparison of two equal models would hold in all three seeds one time in eight.
 """
 LEFT_OUT = """## 14. A jointly trained embedder overfits: left out
 
@@ -342,8 +346,6 @@ def score(runs):
             folder = Path(row["folder"])
             if (folder / "local" / "data.json").exists():
                 row["local"] = local_similarity(runs / data, folder)
-            if shown == "twostage":
-                row["time"] = row["sample_steps"] / (1 - (row.get("prior_share") or 0))
             found[shown, folder.name, int(folder.parts[-3])] = row
     return found
 
@@ -359,7 +361,7 @@ def figures(rows, shown, samples, metric):
 
 def summary(values, metric):
     """Mean +- s.d. (n - 1) as the page prints it."""
-    digits = 1 if metric in ("fid", "time") else 3
+    digits = 1 if metric in ("fid", "ms_image") else 3
     spread = f" ± {statistics.stdev(values):.{digits}f}" if len(set(values)) > 1 else ""
     return f"{statistics.mean(values):.{digits}f}{spread}"
 
@@ -372,7 +374,7 @@ def verdict(outcomes):
         return "reproduced"
     if not any(map(any, outcomes)):
         return "opposite"
-    return "in part" if any(map(all, outcomes)) else "not at this scale"
+    return "in part" if 2 * sum(map(all, outcomes)) >= len(outcomes) else "not at this scale"
 
 
 def claim(rows, comparisons):

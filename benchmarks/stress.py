@@ -31,7 +31,7 @@ STAGES = {                                                             # in the 
     "02": "02_filter_pairs.py --data data",
     "03": f"03_train_recon.py {TRAIN}",
     "04": f"04_train_pairs.py {TRAIN}",
-    "05": "05_sample.py --data data --variations 4 --sample-steps 2 --device cpu",
+    "05": f"05_sample.py --data data --out {SAMPLES} --variations 4 --sample-steps 2 --device cpu",
     "01-samples": f"01_embed.py --data data --images {SAMPLES}/samples.npy --out {SAMPLES} --cls-only --device cpu",
     "06": "06_fewshot_metrics.py --data data",
     "07": f"07_twostage.py {TRAIN} --samples 8 --clusters 3 --prior-steps 6 --prior-batch 4 --prior-width 16",

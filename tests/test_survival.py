@@ -295,7 +295,7 @@ def test_an_output_that_cannot_be_opened(run, made, tmp_path, stage, taken):
 
 READS = dict(                                                          # files that a stage must look at
     filter=("data.json", "cls.npy", "pages.npy", "split.npy", "names.npy"),
-    pairs=("data.json", "images.npy", "cls.npy", "tokens.npy", "split.npy", "pairs.npy"),
+    pairs=("data.json", "images.npy", "cls.npy", "tokens.npy", "pages.npy", "split.npy", "pairs.npy"),
     sample=("data.json", "images.npy", "cls.npy", "tokens.npy", "pages.npy", "split.npy", "pairs.pt"),
     embed_samples=("data.json", "samples/w1/samples.npy"),
     metrics=("data.json", "cls.npy", "pages.npy", "split.npy", "names.npy", "samples/w1/data.json", "samples/w1/cls.npy",
