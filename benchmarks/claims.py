@@ -295,8 +295,8 @@ decides the training, the sampling, and which held-out images are the conditions
 `_wW` is guidance W. FID is in features of Lite0 at 128 px: directions can be compared with the papers, levels cannot. The papers'
 tables were not at hand; where an abstract gives a figure it is quoted.
 
-A claim is *reproduced* if each of its comparisons holds in every seed, *opposite* if none holds in any, *in part* if at least half
-of them hold in every seed, else *not at this scale*. Lines with "also" are no part of the paper's sentence and decide nothing. A
+A claim is *reproduced* if each of its comparisons holds in every seed, *opposite* if none holds in any, *in part* if half of them
+hold in every seed, else *not at this scale*. Lines with "also" are no part of the paper's sentence and decide nothing. A
 comparison of two equal models would hold in all three seeds one time in eight.
 """
 LEFT_OUT = """## 14. A jointly trained embedder overfits: left out
