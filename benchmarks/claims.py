@@ -54,7 +54,9 @@ SETS = {"digits": ("digits", "--draw {seed}"), "hundred": ("digits", "--draw {se
         "fullset": ("digits", "--protocol fullset"), "photos": ("photos", "--draw {seed} --variations 30")}
 # name: (set, guidance) of all that is sampled from it. Every other model: the digits, w = 1.
 SAMPLED = {
-    **dict.fromkeys(("recon", "pairs"), [("digits", 1), ("fullset", 1)]),
+    "recon": [("digits", 1), ("fullset", 1)],
+    "pairs": [("digits", 1), ("fullset", 1), ("hundred", 1)],
+    **dict.fromkeys(("unfiltered", "low_only"), [("digits", 1), ("hundred", 1)]),
     **dict.fromkeys(("recon_full", "pairs_full"), [*(("digits", w) for w in (1, 0, 2, 4)), ("fullset", 1), ("hundred", 1)]),
     **dict.fromkeys(("pages", "web", "classes"), [("digits", 1), ("photos", 1)]),
     **dict.fromkeys(("photos_recon", "photos_random"), [("photos", 1)]),
@@ -220,7 +222,8 @@ CLAIMS = [
      """`pairs`, the default, has both.""", ""),
     ("Similarity filtering helps",
      """Dropping pairs of low similarity (unrelated images) improves FID; dropping near-duplicates as well improves it again.""",
-     ["digits fid low_only_w1 < unfiltered_w1", "digits fid pairs_w1 < low_only_w1", "also digits fid pairs_w1 < unfiltered_w1"],
+     ["digits fid low_only_w1 < unfiltered_w1", "digits fid pairs_w1 < low_only_w1", "also digits fid pairs_w1 < unfiltered_w1",
+      *(f"also hundred fid {a}_w1 < {b}_w1" for a, b in (("low_only", "unfiltered"), ("pairs", "low_only"), ("pairs", "unfiltered")))],
      """A page is ten writings of a digit, a planted stranger and a planted near-duplicate. `pairs` is filtered at both ends.""",
      ""),
     ("A stronger encoder helps",
@@ -416,7 +419,8 @@ def write(runs, page):
         body += [f"## {number}. {title}: {said}", ""]
         for text in (f"*The paper:* {paper} {remark}", f"*Tried:* {tried}" * bool(tried)):
             body += [*textwrap.wrap(" ".join(text.split()), 128, break_long_words=False, break_on_hyphens=False), ""] * bool(text)
-        body += [PICTURES[number], ""] * (number in PICTURES) + [*table, "", f"`{command(comparisons)}`", ""]
+        body += [PICTURES[number], ""] if number in PICTURES else []
+        body += [*table, "", f"`{command(comparisons)}`", ""]
     page.write_text("\n".join([INTRODUCTION, *titles, "", *body, LEFT_OUT]))
     for shown, wanted in (("digits", ("recon_full", "pairs_full")), ("photos", ("photos", "photos_recon"))):
         folders = [str(path.parent) for name in wanted for path in sorted(runs.glob(f"[0-9]*/{shown}/{name}_w*/data.json"))]

@@ -59,6 +59,21 @@ def test_a_verdict_says_how_few_seeds_it_stands_on():
     assert claims.claim(rows, ["digits fid a < b", "digits fid b < c"])[0] == "reproduced (1 seed only)"
 
 
+def test_the_page_has_every_claim_and_the_command_for_it(monkeypatch, tmp_path):
+    rows = {("twostage", name, seed): dict(fid=i) for seed in range(3) for i, name in enumerate(("kmeans", "unconditional"))}
+    monkeypatch.setattr(claims, "score", lambda runs: rows)
+    claims.write(tmp_path, tmp_path / "page.md")
+    page = (tmp_path / "page.md").read_text()
+    for number, (title, *_) in enumerate(claims.CLAIMS, 1):
+        assert f"| {number} | {title} |" in page and f"## {number}. {title}: " in page
+    assert "| twostage | fid | `kmeans` < `unconditional` | 0.0 | 1.0 | 3 of 3 |" in page
+    for line in page.splitlines():
+        if line.startswith("`python benchmarks/claims.py run"):
+            named = line.strip("`").split("--models ")[1].split()
+            assert named and set(named) <= claims.MODELS.keys()
+    assert page.count("`python benchmarks/claims.py run --models") == len(claims.CLAIMS)
+
+
 def test_what_a_claim_runs(monkeypatch, tmp_path):
     """Conditions of a seed's own draw, in the model's own embedding; scored in the data's; all of them in the full set."""
     lines = []
