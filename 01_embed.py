@@ -415,8 +415,8 @@ def main():
     with system.writing(args.out / "data.json") as f:
         f.write(json.dumps(dict(meta, images=n), indent=1).encode())
     script = "05_sample" if n == 1 or split.all() else "02_filter_pairs"
-    print(f"wrote {args.out}: {n} images, {len(np.unique(pages))} pages, {split.sum()} held out; next: python "
-          + (f"06_fewshot_metrics.py --data {args.data or 'DATA'}" if args.cls_only else f"{script}.py --data {args.out}"))
+    follow = f"06_fewshot_metrics.py --data {args.data or 'DATA'}" if args.cls_only else f"{script}.py --data {args.out}"
+    print(f"wrote {args.out}: {n} images, {len(np.unique(pages))} pages, {split.sum()} held out; next: python {follow}")
 
 
 if __name__ == "__main__":

@@ -154,7 +154,8 @@ def copy_score(cls, features, conditions):
 
 
 def page_similarity(cls, pages, conditions, others):
-    """Mean cosine of the images `conditions` and those images `others` that share their page; None if there are none."""
+    """Mean cosine of the images `conditions` [n] and those of `others` [m] that share their page, indices into cls [N, d] and
+    pages [N]; every condition counts alike. None if no page has another."""
     means = []
     for c in conditions:
         same = others[(pages[others] == pages[c]) & (others != c)]
