@@ -1,34 +1,35 @@
-"""06: real embeddings + sample embeddings -> FID, KID, precision, recall, copy score: a table, a JSON file and a plot.
+"""06: embeddings of real images and of samples -> FID, KID, precision, recall, copy score, memorisation.
 
-Reads   DATA: cls.npy, pages.npy, split.npy, names.npy, data.json
-        each sample folder: conditions.npy and samples.json of 05, cls.npy and data.json of 01 --cls-only
-Writes  into --out: metrics.json, an object for each set of samples and each reference
-        metrics.txt, a row for each model and guidance, mean +- s.d. over seeds and draws; the guidance of the best FID
-        metrics.png, precision against recall over guidance
+Reads   DATA: cls.npy, pages.npy, split.npy, data.json
+        each sample folder S: samples.json and conditions.npy of 05, cls.npy and data.json of 01 --cls-only
+Writes  DATA/metrics.json, an object for each sample folder
+        DATA/metrics.txt, the table: mean +- s.d. over rows that differ only in seed, draw or checkpoint
 
-With x the features of n samples and y those of m real images, all of d numbers, as the encoder gives them:
-  FID        |mu_x - mu_y|^2 + tr S_x + tr S_y - 2 tr (S_x S_y)^1/2, S the covariances   (Heusel et al., arXiv 1706.08500)
-  KID        mean k(x, x') + mean k(y, y') - 2 mean k(x, y), k(a, b) = (a.b / d + 1)^3, x' != x   (Binkowski et al., 1801.01401)
-  precision  share of the samples within reach of a real image, whose reach is its 3rd nearest neighbour's distance
-  recall     share of the real images within reach of a sample   (both: Kynkaanniemi et al., arXiv 1904.06991)
-  copy       mean cosine of a sample and its own conditioning image: 1 for an encoder-perfect copy. In the row of real images:
-             of the conditioning images and the other references of their pages, which a model that varies has no need to exceed
-FID and KID are in the features of DATA's encoder: unless that is inception:FILE, compare them within a table, not with papers.
+With x the features of n samples and y those of m real images, d numbers each, as the encoder gives them:
+  FID           |mu_x - mu_y|^2 + tr S_x + tr S_y - 2 tr (S_x S_y)^1/2, S the covariances (Heusel et al., 1706.08500)
+  KID           mean k(x, x') + mean k(y, y') - 2 mean k(x, y), k(a, b) = (a.b / d + 1)^3 (Binkowski et al., 1801.01401)
+  precision     share of the samples within reach of a real image: no farther than its 3rd nearest real neighbour
+  recall        share of the real images within reach of a sample (both: Kynkaanniemi et al., 1904.06991)
+  copy          mean cosine of a sample and its own condition; 1 is a copy
+  memorisation  median distance of the samples to the nearest training image, over that of the references;
+                well below 1: the model repeats training images
 
-References never contain a conditioning image, so a copier earns nothing by them:
-  unseen     the other held-out images
-  seen       the training images on the pages of the conditions, if there are any (none for the digits): memorising helps here
-"real (train)" scores training images as if they were samples: what a perfect model would reach.
---protocol says how many references at most (common.PROTOCOLS; chosen at random, once for all). In "fullset", for comparison, the
-conditions are references too, so that a copy earns something.
+The references are the held-out images without the conditions of any folder, so copying a condition earns nothing. (If
+nothing is held out: all images but the conditions.) The row "real (train)" scores training images as if they were
+samples: what a perfect model would reach. Its copy score is that of the conditions and the references on their pages.
 
-Work goes by chunks of rows, which the processes of torchrun share; the metrics do not depend on how many they are.
+--judge NAME compares in the features of another encoder: DATA/NAME/cls.npy and S/NAME/cls.npy, computed from images.npy
+and samples.npy. A model should not be judged by the encoder that conditions it; in the papers' presets it cannot be,
+as DATA's embeddings are those of the source images. Only Inception's FIDs compare with the literature.
 
-    python 01_embed.py --data runs/digits16 --images S/samples.npy --out S --cls-only    # S = runs/digits16/samples/pairs_w1
-    python 06_fewshot_metrics.py                                       # all of runs/digits16/samples, about 1 s a folder
-    python 06_fewshot_metrics.py --data runs/emoji64 --samples runs/emoji64/samples/pairs_w*      # on a GPU if there is one
-    python 06_fewshot_metrics.py --data runs/imagenet --protocol imagenet-oneshot       # runs/imagenet/imagenet-oneshot/*
-    torchrun --nproc-per-node=8 06_fewshot_metrics.py --data runs/imagenet
+    S=runs/digits16/samples/pairs_w1
+    python 01_embed.py --data runs/digits16 --images $S/samples.npy --out $S --cls-only
+    python 06_fewshot_metrics.py                                       # all of runs/digits16/samples, 2 s a folder
+
+    D=runs/mine                                                        # S: one of its sample folders
+    python 01_embed.py --data $D --images $D/images.npy --encoder siglip_b --out $D/judge --cls-only
+    python 01_embed.py --data $D/judge --images $S/samples.npy --out $S/judge --cls-only
+    python 06_fewshot_metrics.py --data $D --judge judge --references-per-page 10
 """
 import json
 import math
@@ -36,324 +37,212 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
+from tqdm import tqdm
 
 import common
-import system
 
-CHUNK, NEIGHBOURS = 1024, 3   # rows at a time; k of precision and recall
-# Rows that are alike in these are repetitions.
-SETTINGS = ("reference", "model", "variant", "guidance", "similarity", "sample_steps", "time_power", "interpolation", "per_page",
-            "variations")
-REAL = "real (train)"                                                   # the row of training images scored as samples
-
-
-def over_chunks(f, x, size):
-    """The tensors f(rows) for all slices of `size` rows of x, a list. A process of torchrun computes its share and gets all."""
-    chunks = [slice(start, start + size) for start in range(0, len(x), size)]
-    if not dist.is_initialized():
-        return [f(rows) for rows in chunks]
-    rank, world = dist.get_rank(), dist.get_world_size()
-    shares = [None] * world
-    dist.all_gather_object(shares, [f(rows).cpu() for rows in chunks[rank::world]])
-    return [shares[i % world][i // world].to(x.device) for i in range(len(chunks))]
+CHUNK, K = 512, 3                                                       # rows at a time; neighbours
+METRICS = dict(n="g", m="g", fid=".2f", kid=".4f", precision=".3f", recall=".3f", copy=".3f", memorisation=".3f")
+REPEATS = ("folder", "checkpoint", "seed", "draw", "ms_image")          # rows that differ only in these are repetitions
 
 
 def moments(x):
-    """Mean [d] and a root R [min(n, d), d] of the covariance of features [n, d], R^T R = S, in float64.
-
-    The centred rows over sqrt(n - 1) are such a root. QR keeps X^T X and leaves d rows: of each part, then of the parts (TSQR).
-    """
-    def shorten(rows):
-        return torch.linalg.qr(rows, mode="r").R if len(rows) > x.shape[1] else rows
-
-    mean = sum(part.double().sum(0) for part in x.split(CHUNK)) / len(x)
-    parts = over_chunks(lambda rows: shorten(x[rows].double() - mean), x, 4 * x.shape[1])
-    return mean, shorten(torch.cat(parts)) / math.sqrt(len(x) - 1)
+    """Mean [d] of features [n, d], and a root R [min(n, d), d] of their covariance: R^T R = S."""
+    root = (x - x.mean(0)) / math.sqrt(len(x) - 1)
+    return x.mean(0), root if len(x) <= x.shape[1] else torch.linalg.qr(root, mode="r").R
 
 
 def frechet_distance(x, y):
-    """FID of two sets, given their moments(). With S_x = A^T A and S_y = B^T B the last trace is the nuclear norm of A B^T:
+    """FID of two sets, given their moments().
 
-    S_x S_y = A^T (A B^T B) has the nonzero eigenvalues of A B^T (A B^T)^T, the squared singular values of A B^T. One form
-    for n < d and n >= d, and no square root of a matrix.
+    With S_x = A^T A and S_y = B^T B, S_x S_y has the nonzero eigenvalues of (A B^T) (A B^T)^T. So tr (S_x S_y)^1/2 is
+    the sum of the singular values of A B^T: no square root of a matrix, and n may be less than d.
     """
     (mean_x, a), (mean_y, b) = x, y
     cross = torch.linalg.svdvals(a @ b.T).sum()
-    return float((mean_x - mean_y).square().sum() + a.square().sum() + b.square().sum() - 2 * cross)
+    return ((mean_x - mean_y).square().sum() + a.square().sum() + b.square().sum() - 2 * cross).item()
 
 
 def kernel_mean(x, y=None):
-    """Mean of k(a, b) = (a.b / d + 1)^3 over a in x [n, d], b in y [m, d]; without y, over all a != b in x. Sums in float64."""
-    def chunk_sum(rows):
-        k = (x[rows] @ (x[rows.start:] if y is None else y).T / x.shape[1] + 1).pow_(3)     # [c, m]; without y [c, n - start]
-        total = k.sum(dtype=torch.float64)
-        if y is None:                                                  # k is symmetric: all of it twice, but the square on the
-            square = k[:, :len(k)]                                     # diagonal once, and the diagonal not at all
-            total = 2 * total - square.sum(dtype=torch.float64) - square.diagonal().sum(dtype=torch.float64)
-        return total
-
-    pairs = len(x) * (len(x) - 1 if y is None else len(y))
-    return float(sum(over_chunks(chunk_sum, x, CHUNK))) / pairs
+    """Mean of k(a, b) = (a.b / d + 1)^3 over x [n, d] and y [m, d]. Without y: over different rows of x."""
+    d, other = x.shape[1], x if y is None else y
+    total = sum((part @ other.T / d + 1).pow(3).sum() for part in x.split(CHUNK))
+    if y is None:
+        total = total - (x.square().sum(1) / d + 1).pow(3).sum()        # a row with itself
+    return total.item() / (len(x) * (len(x) - 1 if y is None else len(y)))
 
 
-def squared_distances(x, y):
-    """|a - b|^2 = |a|^2 + |b|^2 - 2 a.b of rows of x [n, d] and y [m, d]: [n, m]. Centre them: it loses digits far from 0."""
-    return torch.addmm(x.square().sum(1)[:, None] + y.square().sum(1), x, y.T, alpha=-2)
-
-
-def squared_reach(x):
-    """Squared distance of each row of x [n, d] to its k-th nearest other row, [n]: the k + 1 smallest include its own, 0."""
-    x = x - x.mean(0)
-
-    def smallest(d2):                                                  # [c, m] -> [c, k + 1], infinite where m is less
-        found = d2.topk(min(NEIGHBOURS + 1, d2.shape[1]), largest=False).values
-        return F.pad(found, (0, NEIGHBOURS + 1 - found.shape[1]), value=torch.inf)
-
-    def near(rows):                                                    # to these rows and to those after them, [n - start, k + 1]
-        d2 = squared_distances(x[rows], x[rows.start:])                # [c, n - start]; the rest is symmetric
-        return torch.cat([smallest(d2), smallest(d2[:, len(d2):].T)])
-
-    nearest = x.new_full((len(x), NEIGHBOURS + 1), torch.inf)
-    for found in over_chunks(near, x, CHUNK):
-        nearest[-len(found):] = smallest(torch.cat([nearest[-len(found):], found], 1))
-    return nearest[:, -1]
+def reach(x):
+    """Distance of each row of x [n, d] to its K-th nearest other row, [n]. The nearest of all is the row itself."""
+    return torch.cat([torch.cdist(part, x).kthvalue(K + 1).values for part in x.split(CHUNK)])
 
 
 def precision_recall(real, fake, reach_real, reach_fake):
-    """Precision and recall in [0, 1] of fake [n, d] against real [m, d]; reach: squared_reach() of each. <= as in the paper."""
-    real, fake = real - real.mean(0), fake - real.mean(0)
-
-    def reached(rows):                                                 # the samples by these rows [n], and these by samples [c]
-        d2 = squared_distances(real[rows], fake)                       # [c, n]
-        return torch.cat([(d2 <= reach_real[rows, None]).any(0), (d2 <= reach_fake).any(1)])
-
-    parts = over_chunks(reached, real, CHUNK)
-    within, covered = torch.stack([part[:len(fake)] for part in parts]).any(0), torch.cat([part[len(fake):] for part in parts])
-    return int(within.sum()) / len(fake), int(covered.sum()) / len(real)
+    """Precision and recall of fake [n, d] against real [m, d], given the reach() of each."""
+    within, covered = torch.zeros_like(reach_fake, dtype=torch.bool), []
+    for part, own in zip(real.split(CHUNK), reach_real.split(CHUNK)):
+        distance = torch.cdist(part, fake)                              # [c, n]
+        within |= (distance <= own[:, None]).any(0)
+        covered.append((distance <= reach_fake).any(1))
+    return within.double().mean().item(), torch.cat(covered).double().mean().item()
 
 
 def statistics(features, device="cpu"):
-    """What a set [n, d] brings to every comparison, computed once: features, moments, mean kernel, reach."""
-    x = torch.from_numpy(np.array(features)).to(device)
-    return dict(x=x, moments=moments(x), kernel=kernel_mean(x), reach=squared_reach(x))
+    """What a set [n, d] brings to every comparison. In float64: FID and KID are differences of large numbers."""
+    x = torch.tensor(features, dtype=torch.float64, device=device)
+    return dict(x=x, moments=moments(x), kernel=kernel_mean(x), reach=reach(x))
 
 
 def compare(real, fake):
-    """The metrics of one set against another, from the statistics() of both: m, n, d, fid, kid, precision, recall."""
+    """The metrics of one set against another, from the statistics() of both."""
     precision, recall = precision_recall(real["x"], fake["x"], real["reach"], fake["reach"])
-    return dict(n=len(fake["x"]), m=len(real["x"]), d=real["x"].shape[1], fid=frechet_distance(fake["moments"], real["moments"]),
-                kid=fake["kernel"] + real["kernel"] - 2 * kernel_mean(fake["x"], real["x"]), precision=precision, recall=recall)
+    kid = fake["kernel"] + real["kernel"] - 2 * kernel_mean(fake["x"], real["x"])
+    return dict(n=len(fake["x"]), m=len(real["x"]), d=real["x"].shape[1],
+                fid=frechet_distance(fake["moments"], real["moments"]), kid=kid, precision=precision, recall=recall)
 
 
-def copy_score(cls, features, conditions):
-    """Mean cosine of features [n k, d] to those of their own conditioning images, cls[conditions], conditions [n]."""
-    own = torch.from_numpy(cls[np.repeat(conditions, len(features) // len(conditions))]).to(features.device)
-    return float(torch.cosine_similarity(features, own).double().mean())
+def nearest(x, cls, train):
+    """Median over x [n, d] of the distance to the nearest of cls[train], which is read a chunk at a time."""
+    best = torch.full_like(x[:, 0], torch.inf)
+    for start in range(0, len(train), CHUNK):
+        part = torch.tensor(cls[train[start:start + CHUNK]]).to(x)
+        best = torch.minimum(best, torch.cdist(x, part).amin(1))
+    return best.median().item()
+
+
+def cosines(a, b):
+    """Cosines of rows of numpy arrays [n, d] and [n, d] or [1, d]: [n]."""
+    return torch.cosine_similarity(torch.tensor(a).double(), torch.tensor(b).double())
 
 
 def page_similarity(cls, pages, conditions, others):
-    """Mean cosine of the images `conditions` [n] and those of `others` [m] that share their page, indices into cls [N, d] and
-    pages [N]; every condition counts alike. None if no page has another."""
+    """Mean cosine of the images `conditions` and those of `others` on their pages; every condition counts alike."""
     means = []
     for c in conditions:
         same = others[(pages[others] == pages[c]) & (others != c)]
         if len(same):
-            means.append(torch.cosine_similarity(torch.from_numpy(cls[same]), torch.from_numpy(cls[[c]])).double().mean())
-    return float(sum(means) / len(means)) if means else None
+            means.append(cosines(cls[same], cls[[c]]).mean().item())
+    return float(np.mean(means)) if means else None
 
 
-def references(data, conditions, with_conditions=False):
-    """({name: indices} of the images to compare with, indices of training images that stand for a perfect model's samples).
-
-    No set holds one of `conditions`, unless they are wanted, nor an image that 01 planted.
-    """
-    real = ~(np.char.startswith(data.names, "stranger: ") | np.char.startswith(data.names, "near-duplicate: "))
-    if with_conditions:
-        return {"held out": np.flatnonzero(real & (data.split == 1))}, np.flatnonzero(real & (data.split == 0))
-    real[conditions] = False
-    if not (data.split == 1).any():
-        return dict(all=np.flatnonzero(real)), np.zeros(0, np.int64)
-    train, on_page = real & (data.split == 0), np.isin(data.pages, data.pages[conditions])
-    sets = dict(unseen=np.flatnonzero(real & (data.split == 1)), seen=np.flatnonzero(train & on_page))
-    return sets, sets["seen"] if len(sets["seen"]) else np.flatnonzero(train)
+def at_most(n, indices, pages, rng):
+    """At most n of the images `indices` on each page, at random."""
+    mixed = rng.permutation(indices)
+    mixed = mixed[np.argsort(pages[mixed], kind="stable")]              # by page, in random order within
+    start = np.searchsorted(pages[mixed], pages[mixed])                 # where the page of each begins
+    return mixed[np.arange(len(mixed)) - start < n]
 
 
-def name(row):
-    """The model of a row, and how it was sampled if not as in the paper."""
-    return f"{row['model']} {row.get('variant') or ''}".strip()
+def references(pages, split, conditions, with_conditions=False):
+    """Indices of the images to compare with, and of the training images to score as if they were samples."""
+    train, reference = split == 0, split == 1
+    if not reference.any():
+        reference = train                                               # nothing is held out
+    if not with_conditions:
+        reference = reference & ~np.isin(np.arange(len(split)), conditions)
+    same_page = train & np.isin(pages, pages[conditions])
+    return np.flatnonzero(reference), np.flatnonzero(same_page if same_page.any() else train)
 
 
-def repetitions(rows):
-    """[{key: mean}, {key: s.d.}] of each group of rows that differ only in seed, draw, checkpoint or folder, in order.
+def setting(row):
+    """What a row is of, as text: alike in repetitions."""
+    return json.dumps({key: row[key] for key in sorted(row) if key not in METRICS and key not in REPEATS})
 
-    Numbers that a row lacks stay None; the s.d. (n - 1) of one row is None; "repeats" is how many there are.
-    """
-    groups, found = {}, []
+
+def table(rows):
+    """Lines of text: the head, and one for each setting, mean +- s.d. (n - 1) of its repetitions."""
+    samples = [row for row in rows if "folder" in row]
+    keys = dict.fromkeys(key for row in samples for key in row if key not in METRICS and key not in REPEATS)
+    differ = [key for key in keys if len({json.dumps(row.get(key)) for row in samples}) > 1]
+    about = list(dict.fromkeys(["model", "guidance", *differ]))         # columns that tell the rows apart
+    groups, lines = {}, [[*about, "repeats", *METRICS]]
     for row in rows:
-        groups.setdefault(str([row.get(key) for key in SETTINGS]), []).append(row)
+        groups.setdefault(setting(row), []).append(row)
     for group in groups.values():
-        mean, spread = dict(group[0], repeats=len(group)), {}
-        for key, value in group[0].items():
-            if key not in SETTINGS and type(value) in (int, float) and all(row.get(key) is not None for row in group):
-                values = np.array([row[key] for row in group], float)
-                mean[key] = value if len(group) == 1 or (values == value).all() else float(values.mean())
-                spread[key] = float(values.std(ddof=1)) if len(group) > 1 else None
-        found.append((mean, spread))
-    return found
-
-
-def picture(path, rows):
-    """Save precision against recall: a panel a reference, a curve a model, points labelled w or similarity, bars of one s.d."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    sets = list(dict.fromkeys(row["reference"] for row in rows))
-    figure, panels = plt.subplots(1, len(sets), figsize=(5.5 * len(sets), 5), layout="constrained", squeeze=False)
-    for axes, reference in zip(panels[0], sets):
-        curves = {}
-        for row, spread in repetitions(rows):
-            if row["reference"] == reference:
-                curves.setdefault(name(row), []).append((row, spread))
-        for model, curve in curves.items():
-            recall, precision = ([row[key] for row, _ in curve] for key in ("recall", "precision"))
-            bars = [[spread[key] or 0 for _, spread in curve] for key in ("recall", "precision")]
-            axes.errorbar(recall, precision, bars[1], bars[0], "*k" if model == REAL else "o-", elinewidth=0.8, label=model)
-            for row, _ in curve:
-                point = row["guidance"] if row.get("similarity") is None else row["similarity"][0]
-                label = "" if point is None else f"{point:g}"
-                axes.annotate(label, (row["recall"], row["precision"]), xytext=(4, 4), textcoords="offset points")
-        axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="recall", ylabel="precision")
-        axes.set_title(f"against {reference} images; w (similarity) at the points")
-        axes.legend(frameon=False)
-    with system.writing(path) as f:
-        figure.savefig(f, dpi=120, format="png")
-
-
-def table(rows, caption):
-    """The lines of metrics.txt: a line a setting, mean +- s.d. of its repetitions; the best FID of each model; a caption."""
-    columns = dict(reference="", model="", guidance="g", repeats="d", n="g", m="g", fid=".2f", kid=".4f",
-                   precision=".3f", recall=".3f", copy=".3f")
-    differ = [key for key in ("sample_steps", "time_power", "interpolation")
-              if len({row.get(key) for row in rows if row["model"] != REAL}) > 1]
-    columns |= {key: "g" for key in differ} | ({"ms_image": ".1f"} if differ else {})                  # what an image costs
-    if any("prior_share" in row for row in rows):
-        columns["prior_share"] = ".0%"
-    if any(row.get("similarity") for row in rows):
-        columns["similarity"] = ""
-    groups, cells = repetitions(rows), []
-    for mean, spread in groups:
-        mean = mean | dict(model=name(mean), similarity=" ".join(f"{s:g}" for s in mean.get("similarity") or []))
-        line = ["-" if mean.get(key) is None else format(mean[key], spec) for key, spec in columns.items()]
-        cells.append([f"{cell} +- {spread[key]:{spec}}" if spread.get(key) and cell != "-" else cell
-                      for cell, (key, spec) in zip(line, columns.items())])
-    widths = [max(map(len, column)) for column in zip(columns, *cells)]
-    lines = ["  ".join(f"{cell:<{w}}" if i < 2 else f"{cell:>{w}}" for i, (cell, w) in enumerate(zip(line, widths)))
-             for line in (columns, *cells)]
-    curves = {}
-    for mean, _ in groups:
-        if mean["guidance"] is not None:
-            curves.setdefault((mean["reference"], name(mean)), []).append((mean["fid"], mean["guidance"]))
-    best = [f"{model} at w = {min(curve)[1]:g}" + f" ({reference})" * (reference != rows[0]["reference"])
-            for (reference, model), curve in curves.items() if len({w for _, w in curve}) > 1]
-    return lines + [f"best fid: {', '.join(best)}"] * bool(best) + [caption]
+        line = ["-" if group[0].get(key) is None else str(group[0][key]) for key in about] + [str(len(group))]
+        for key, form in METRICS.items():
+            values = [row[key] for row in group]
+            cell = "-" if None in values else format(np.mean(values), form)
+            spread = 0 if None in values or len(group) == 1 else np.std(values, ddof=1)
+            line.append(f"{cell} +- {spread:{form}}" if spread else cell)
+        lines.append(line)
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return [line[0].ljust(widths[0]) + "".join(map("  {:>{}}".format, line[1:], widths[1:])) for line in lines]
 
 
 def encoder(folder):
-    """The encoder in a folder's data.json, less what does not touch cls.npy."""
-    about = system.read_json(folder / "data.json").get("encoder")
-    if not isinstance(about, dict):
-        system.die(f"{folder}/data.json names no encoder; run 01_embed.py on it again")
-    return {key: value for key, value in about.items() if key not in ("tokens", "pool")}
+    """What data.json says of the encoder, without the tokens: no metric reads them."""
+    return {key: value for key, value in common.load(folder / "data.json")["encoder"].items() if key != "tokens"}
 
 
-def read_samples(folder, data):
-    """A sample folder: features [n k, d], conditions [n], what samples.json says. Exits with one line if it is not of `data`."""
-    if encoder(folder) != encoder(data.folder):
-        system.die(f"{folder} was embedded by {encoder(folder)}, {data.folder} by {encoder(data.folder)}; run 01 alike on both")
-    conditions = np.zeros(0, np.int64)                                 # samples of 07 have none
+def read_samples(folder, judge, judging_encoder):
+    """Features [n k, d], conditions [n] (none for samples of --y), and what samples.json says, of one sample folder."""
+    features, conditions, made = common.load(folder / judge / "cls.npy"), np.zeros(0, np.int64), dict(model=folder.name)
+    if encoder(folder / judge) != judging_encoder:
+        common.die(f"{folder / judge} was embedded by {encoder(folder / judge)}, the real images by {judging_encoder}; "
+                   "run 01_embed.py alike on both, or give --judge")
     if (folder / "conditions.npy").exists():
-        conditions = np.array(system.read_array(folder / "conditions.npy", np.int64, 1, made_by="05_sample.py"))
-    features = system.read_array(folder / "cls.npy", np.float32, 2)
-    ragged = len(features) % max(1, len(conditions))
-    if features.shape[1] != data.cls.shape[1] or ragged or not np.isin(conditions, np.arange(len(data.cls))).all():
-        system.die(f"{folder}: {features.shape} features do not fit {len(conditions)} conditions of {data.folder}; run 01 again")
-    if len(features) <= NEIGHBOURS or not np.isfinite(features).all():
-        system.die(f"{folder}/cls.npy has fewer than {NEIGHBOURS + 1} rows, or values that are not finite; run 05 and 01 again")
-    made = system.read_json(folder / "samples.json") if (folder / "samples.json").exists() else dict(model=folder.name)
-    similarity = made.get("similarity") or []
-    if not (isinstance(made.get("model"), str) and isinstance(similarity, list) and all(
-            isinstance(x, (int, float, type(None))) for x in (made.get("guidance"), made.get("sample_steps"), *similarity))):
-        system.die(f"{folder}/samples.json does not say how the samples were made; draw them again with 05_sample.py")
-    return features, conditions, dict(guidance=None, seed=None) | made
+        conditions = common.load(folder / "conditions.npy")
+        if len(features) % len(conditions):
+            common.die(f"{folder / judge}: {len(features)} features for {len(conditions)} conditions; run 01_embed.py")
+    if (folder / "samples.json").exists():                              # samples of others may come without
+        made = common.load(folder / "samples.json")
+        if made.pop("y", None):
+            made["model"] = folder.name                                 # a row of 2SDM's table: its model may have more
+    return features, conditions, dict(guidance=None) | made | dict(folder=str(folder))
 
 
 def main():
-    p = system.parser(__doc__, seed=False)
-    p.add_argument("--samples", type=Path, nargs="+", dest="folders", metavar="DIR",
-                   help="sample folders (default: DATA/samples/*, or DATA/PROTOCOL/*)")
-    p.add_argument("--protocol", choices=common.PROTOCOLS, default="fewshot", help="how the samples were made, by 05")
-    p.add_argument("--references", type=int, help="compare with at most so many images (0: all)")
-    p.add_argument("--out", type=Path, help="folder for metrics.json and metrics.png (default DATA, or DATA/PROTOCOL)")
-    args = system.parse(p)
-    made_in = args.data / ("samples" if args.protocol == "fewshot" else args.protocol)
-    with_conditions = common.PROTOCOLS[args.protocol].get("with_conditions", False)
-    device, rank, _ = system.start(args.device)
-    device = torch.device("cpu") if device.type == "mps" else device   # MPS has no float64
-    torch.set_float32_matmul_precision("highest")                      # not TF32, as start() allows: distances are differences
-    data, out = system.Data(args.data), args.out or (args.data if args.protocol == "fewshot" else made_in)
-    folders = args.folders or sorted(found.parent for found in made_in.glob("*/cls.npy"))
-    if (args.references or 0) < 0:
-        system.die(f"--references {args.references}: expected a number of images, or 0 for all")
-    if not folders:
-        system.die(f"no folder in {made_in} has a cls.npy; run 05_sample.py, then 01_embed.py --cls-only")
-    samples = [(folder, *read_samples(folder, data)) for folder in folders]
-    for folder, *_, made in samples:
-        if made.get("protocol", args.protocol) != args.protocol:
-            system.die(f"{folder} was made for --protocol {made['protocol']}, not {args.protocol}; score the two apart")
-
-    conditions = np.unique(np.concatenate([own for _, _, own, _ in samples]))
-    if len(conditions) and (data.split == 1).any():                    # with none at all, every held-out image is a reference
-        conditions = np.union1d(conditions, data.conditions())
-    sets, train = references(data, conditions, with_conditions)
-    if rank == 0 and "all" in sets:
-        print(f"{data.folder} holds nothing out: the reference is all of it but the conditioning images, trained on or not")
-    if not all(np.isfinite(data.cls[indices]).all() for indices in (*sets.values(), train)):
-        system.die(f"{data.folder}/cls.npy has values that are not finite; run 01_embed.py again")
-    if args.references:
-        sets = {name: np.random.default_rng(0).permutation(indices)[:args.references] for name, indices in sets.items()}
-    real = {name: statistics(data.cls[np.sort(indices)], device) for name, indices in sets.items() if len(indices) > NEIGHBOURS}
-    if not real:
-        system.die(f"{data.folder} has too few images besides its {len(conditions)} conditioning ones to compare with")
-
-    rows, features_of = [], "{name}, {px} px".format_map({"px": "?", **encoder(args.data)})
-    train = np.random.default_rng(0).permutation(train)[:max(len(features) for _, features, *_ in samples)]
-    first = next(iter(real))                                           # the unseen images, or all held out
-    if first != "all" and len(train) > NEIGHBOURS:
-        copy = page_similarity(data.cls, data.pages, conditions, sets[first])
-        rows.append(dict(reference=first, model=REAL, guidance=None, seed=None, encoder=features_of, copy=copy,
-                         **compare(real[first], statistics(data.cls[np.sort(train)], device))))
-    for folder, features, own, made in system.progress(samples, rank, unit="set"):
-        fake = statistics(features, device)
-        copy = copy_score(data.cls, fake["x"], own) if len(own) else None
-        about = dict(made, encoder=features_of, folder=str(folder), copy=copy)
-        rows += [dict(about, reference=reference, **compare(real[reference], fake)) for reference in real]
-    if rank > 0:
+    p = common.parser(__doc__)
+    p.add_argument("--samples", type=Path, nargs="+", metavar="S", help="sample folders (default DATA/samples/*)")
+    p.add_argument("--judge", default=".", metavar="NAME", help="use the features in DATA/NAME and S/NAME")
+    p.add_argument("--references", type=common.count, help="compare with at most so many images, at random by --seed")
+    p.add_argument("--references-per-page", type=common.count, help="with at most so many of each page")
+    p.add_argument("--with-conditions", action="store_true", help="the conditions are references too (full-set FID)")
+    p.add_argument("--out", type=Path, help="folder for metrics.json and metrics.txt (default DATA)")
+    args = common.parse(p)
+    device, rank, _ = common.start(args.device)
+    if rank > 0:                                                        # under torchrun the first process works alone
         return
-    rows.sort(key=lambda row: (list(real).index(row["reference"]), "folder" in row, name(row), row["guidance"] or 0,
-                             row.get("similarity") or [], row.get("sample_steps") or 0))
+    device = "cpu" if device.type == "mps" else device                  # MPS has no float64
+    judge, out = args.data / args.judge, args.out or args.data
+    cls, pages, split = (common.load(f) for f in (judge / "cls.npy", args.data / "pages.npy", args.data / "split.npy"))
+    if len(cls) != len(split):
+        common.die(f"{judge}/cls.npy has {len(cls)} rows for {len(split)} images; embed images.npy with 01_embed.py")
+    folders = args.samples or [f for f in sorted(args.data.glob("samples/*")) if (f / args.judge / "cls.npy").exists()]
+    if not folders:
+        common.die(f"no folder in {args.data}/samples has {args.judge}/cls.npy; run 05_sample.py, then 01 --cls-only")
+    samples = [read_samples(folder, args.judge, encoder(judge)) for folder in folders]
+    samples.sort(key=lambda found: (found[2]["model"], found[2]["guidance"] or 0))
 
-    with system.writing(out / "metrics.json") as f:
+    conditions = np.unique(np.concatenate([own for _, own, _ in samples]))
+    chosen, alike = references(pages, split, conditions, args.with_conditions)
+    rng = np.random.default_rng(args.seed)
+    if args.references_per_page:
+        chosen = at_most(args.references_per_page, chosen, pages, rng)
+    chosen = np.sort(rng.permutation(chosen)[:args.references])
+    real, train = statistics(cls[chosen], device), np.flatnonzero(split == 0)
+    rows, held_out = [], len(train) > 0 and split.any()                 # else references are training images
+    if held_out:
+        distance = nearest(real["x"], cls, train)
+        alike = np.sort(rng.permutation(alike)[:max(len(features) for features, _, _ in samples)])
+        rows.append(dict(model="real (train)", guidance=None, **compare(real, statistics(cls[alike], device)),
+                         copy=page_similarity(cls, pages, conditions, chosen), memorisation=None))
+    for features, own, made in tqdm(samples, unit="folder", disable=None):
+        fake = statistics(features, device)
+        copy = cosines(features, cls[np.repeat(own, len(features) // len(own))]).mean().item() if len(own) else None
+        memorisation = nearest(fake["x"], cls, train) / distance if held_out else None
+        rows.append(made | compare(real, fake) | dict(copy=copy, memorisation=memorisation))
+
+    rows = [row | dict(encoder=encoder(judge)) for row in rows]
+    lines = table(rows)
+    lines.append(f"fid, kid: features of {encoder(judge)['name']}, d = {cls.shape[1]}; precision and recall: k = {K}")
+    with common.writing(out / "metrics.json") as f:
         f.write(json.dumps(rows, indent=1).encode())
-    picture(out / "metrics.png", rows)
-    other = "" if features_of.startswith("inception:") else ", not Inception's"
-    lines = table(rows, f"fid, kid: in the features of {features_of} (d = {data.cls.shape[1]}){other}; "
-                        f"precision, recall: k = {NEIGHBOURS}")
-    with system.writing(out / "metrics.txt") as f:
-        f.write(("\n".join(lines) + "\n").encode())
+    with common.writing(out / "metrics.txt") as f:
+        f.write("\n".join([*lines, ""]).encode())
     print("\n".join(lines))
-    print(f"wrote {out}/metrics.json, metrics.txt and metrics.png")
+    print(f"wrote {out}/metrics.json and metrics.txt")
 
 
 if __name__ == "__main__":

@@ -9,98 +9,148 @@ RUN      ?= runs/$(PRESET)$(if $(filter-out 0,$(SEED)),_seed$(SEED))
 VENV     ?= .venv
 PYTHON   ?= python3
 PY       := $(VENV)/bin/python
-# On a CPU, stages that do not wait for each other run side by side, each on its share of the cores: on two cores two trainings
-# of one thread each make 240 images/s, one of two threads makes 157.
+# On a CPU, stages that do not wait for each other run side by side, each on its share of the cores: on two cores two
+# trainings of one thread each make 240 images/s, one of two threads makes 157.
 JOBS     ?= $(if $(findstring 64,$(PRESET)),1,2)
 MAKEFLAGS += --jobs=$(JOBS)
 CORES    := $(shell getconf _NPROCESSORS_ONLN)
 SHARE    := OMP_NUM_THREADS=$(shell echo $$(( ($(CORES) + $(JOBS) - 1) / $(JOBS) ))) $(PY)
-# one process a GPU, a power of two of them, since they share batches of 32; $(JOBS) where there is no GPU
-COUNT    := import torch; n = torch.cuda.device_count(); print(1 << n.bit_length() - 1 if n else $(JOBS))
-RANKS    := $(SHARE) -m torch.distributed.run --standalone --nproc-per-node=$$($(PY) -c "$(COUNT)")
-# half the sampling steps of the preset at no worse FID: docs/beyond.md, few steps
-FEW_digits16 := --sample-steps 12 --time-power 2 --interpolation 0
-FEW      ?= $(FEW_$(PRESET))
-ROWS     := unconditional kmeans oracle 2sdm 2sdm_fewer_steps
-LABEL    ?=
-TWO      := $(RUN)/twostage$(if $(LABEL),_$(LABEL))
-TWO_STEPS ?= $(if $(filter digits16,$(PRESET)),1000)
-TWOSTAGE := --data $(RUN) --seed $(SEED) $(if $(LABEL),--label $(LABEL)) $(if $(TWO_STEPS),--steps $(TWO_STEPS))
+SOURCE   := $(if $(filter digits%,$(PRESET)),digits,$(if $(filter %16,$(PRESET)),openmoji16,openmoji))
+# half the sampling steps of the preset at no worse FID (docs/beyond.md, few steps), and 60 samples of each digit
+HOW_digits16 := --sample-steps 12 --time-power 2 --interpolation 0 --variations 60
+HOW      ?= $(HOW_$(PRESET))
 SETS     := $(foreach w,$(GUIDANCE),recon_w$(w) pairs_w$(w))
+TRAIN     = --data $(RUN) --seed $(SEED)
+# what was trained on an older input is deleted; what was interrupted is resumed
+fresh     = @find $@ $@.partial ! -newer $< -delete 2>/dev/null || true
 
 .PHONY: demo twostage sweep test clean
 .DELETE_ON_ERROR:
 .SECONDARY:
 
-demo: $(foreach s,$(SETS),$(RUN)/samples/$(s)/samples.npy) $(RUN)/metrics.json
+demo: $(RUN)/figures/done
 	@cat $(RUN)/metrics.txt
-	@echo "pictures: $(foreach w,$(GUIDANCE),$(RUN)/samples/pairs_w$(w)/sheet.png) (condition | reconstruction | pairs)"
-	@echo "          $(RUN)/metrics.png (precision and recall over guidance)"
+	@echo "pictures: $(RUN)/samples/pairs_w*/sheet.png (condition | reconstruction | pairs), $(RUN)/figures/"
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --requirement requirements.txt
 	touch $@
 
-$(RUN)/data.json: | $(VENV)/installed
-	$(PY) 01_embed.py --preset $(PRESET) --out $(RUN)
+data/digits data/openmoji: data/%: | $(VENV)/installed
+	$(PY) -m examples.$* --out $@
+
+data/openmoji16: | $(VENV)/installed
+	$(PY) -m examples.openmoji --size 16 --out $@
+
+$(RUN)/data.json: | data/$(SOURCE)
+	$(PY) 01_embed.py --preset $(PRESET) --images data/$(SOURCE) --out $(RUN)
 
 $(RUN)/pairs.npy: $(RUN)/data.json
 	$(PY) 02_filter_pairs.py --data $(RUN)
 
-# what was trained on an older input is deleted; what was interrupted is resumed
 $(RUN)/recon.pt: $(RUN)/data.json
-	@find $@ $@.partial $@.sharded -depth ! -newer $< -delete 2>/dev/null || true
-	$(SHARE) 03_train_recon.py --data $(RUN) --seed $(SEED)
+	$(fresh)
+	$(SHARE) 03_train_recon.py $(TRAIN)
 
 $(RUN)/pairs.pt: $(RUN)/pairs.npy
-	@find $@ $@.partial $@.sharded -depth ! -newer $< -delete 2>/dev/null || true
-	$(SHARE) 04_train_pairs.py --data $(RUN) --seed $(SEED)
+	$(fresh)
+	$(SHARE) 04_train_pairs.py $(TRAIN)
 
 # for each guidance weight w = $(1): samples of both models, and a sheet of the pair model's beside the other's
 define SAMPLE
 $(RUN)/samples/recon_w$(1)/samples.npy: $(RUN)/recon.pt
-	$(SHARE) 05_sample.py --data $(RUN) --seed $(SEED) --checkpoint $(RUN)/recon.pt --guidance $(1) $(FEW) --out $$(@D)
+	$(SHARE) 05_sample.py $(TRAIN) --checkpoint $(RUN)/recon.pt --guidance $(1) $(HOW) --out $$(@D)
 
 $(RUN)/samples/pairs_w$(1)/samples.npy: $(RUN)/pairs.pt $(RUN)/samples/recon_w$(1)/samples.npy
-	$(SHARE) 05_sample.py --data $(RUN) --seed $(SEED) --checkpoint $(RUN)/pairs.pt --guidance $(1) $(FEW) --out $$(@D) --beside $(RUN)/samples/recon_w$(1)
+	$(SHARE) 05_sample.py $(TRAIN) --checkpoint $(RUN)/pairs.pt --guidance $(1) $(HOW) --out $$(@D) --beside $(RUN)/samples/recon_w$(1)
 endef
 $(foreach w,$(GUIDANCE),$(eval $(call SAMPLE,$(w))))
 
-$(RUN)/samples/%/cls.npy: $(RUN)/samples/%/samples.npy
+$(RUN)/%/cls.npy: $(RUN)/%/samples.npy
 	$(SHARE) 01_embed.py --data $(RUN) --images $< --out $(@D) --cls-only
 
 $(RUN)/metrics.json: $(foreach s,$(SETS),$(RUN)/samples/$(s)/cls.npy)
 	$(PY) 06_fewshot_metrics.py --data $(RUN) --samples $(^D)
 
-# 2SDM: every image model, the prior and the samples of 07; then 01 and 06 on each row of the table
-$(TWO)/interpolation.png: $(RUN)/data.json
-	@find $(TWO) -depth ! -newer $< -delete 2>/dev/null || true
-	$(RANKS) 07_twostage.py $(TWOSTAGE)
+$(RUN)/figures/done: $(RUN)/metrics.json
+	$(PY) -m docs.figures $(RUN)
+	touch $@
 
-$(TWO)/%/cls.npy: $(TWO)/interpolation.png
-	$(SHARE) 01_embed.py --data $(RUN) --images $(@D)/samples.npy --out $(@D) --cls-only
+# 2SDM: the prior, three image models on one recipe, and for each row of the table an array y, samples, scores
+ROWS      := unconditional kmeans16 oracle 2sdm 2sdm_fewer_steps
+TWO       := $(RUN)/twostage
+TWO_STEPS ?= $(if $(filter digits16,$(PRESET)),1000)
+STEPS      = $(if $(TWO_STEPS),--steps $(TWO_STEPS)) --cond-drop 0
+ROW        = $(SHARE) 05_sample.py $(TRAIN) --y $< --out $(@D)
+
+$(RUN)/kmeans16.npy: $(RUN)/data.json
+	$(PY) 07_twostage.py told $(TRAIN)
+
+$(RUN)/none.pt: $(RUN)/data.json
+	$(fresh)
+	$(SHARE) 03_train_recon.py $(TRAIN) $(STEPS) --cond none --out $@
+
+$(RUN)/film.pt: $(RUN)/data.json
+	$(fresh)
+	$(SHARE) 03_train_recon.py $(TRAIN) $(STEPS) --cond film --out $@
+
+$(RUN)/kmeans16.pt: $(RUN)/kmeans16.npy
+	$(fresh)
+	$(SHARE) 03_train_recon.py $(TRAIN) $(STEPS) --cond film --cls $< --out $@
+
+$(RUN)/prior.pt: $(RUN)/data.json
+	$(fresh)
+	$(SHARE) 07_twostage.py prior $(TRAIN)
+
+$(TWO)/y_grid.npy: $(RUN)/prior.pt $(RUN)/kmeans16.npy
+	$(SHARE) 07_twostage.py y $(TRAIN)
+
+$(TWO)/unconditional/y.npy $(TWO)/kmeans16/y.npy $(TWO)/oracle/y.npy $(TWO)/2sdm/y.npy: $(TWO)/y_grid.npy
+
+$(TWO)/unconditional/samples.npy: $(TWO)/unconditional/y.npy $(RUN)/none.pt
+	$(ROW) --checkpoint $(RUN)/none.pt
+
+$(TWO)/kmeans16/samples.npy: $(TWO)/kmeans16/y.npy $(RUN)/kmeans16.pt
+	$(ROW) --checkpoint $(RUN)/kmeans16.pt
+
+$(TWO)/oracle/samples.npy: $(TWO)/oracle/y.npy $(RUN)/film.pt
+	$(ROW) --checkpoint $(RUN)/film.pt
+
+$(TWO)/2sdm/samples.npy: $(TWO)/2sdm/y.npy $(RUN)/film.pt
+	$(ROW) --checkpoint $(RUN)/film.pt
+
+# less time in all than the unconditional row, the prior's included: 4 of 5 steps
+$(TWO)/2sdm_fewer_steps/samples.npy: $(TWO)/2sdm/y.npy $(RUN)/film.pt
+	$(ROW) --checkpoint $(RUN)/film.pt --sample-steps $(if $(filter %64,$(PRESET)),51,20)
 
 $(TWO)/metrics.json: $(foreach r,$(ROWS),$(TWO)/$(r)/cls.npy)
-	$(PY) 06_fewshot_metrics.py --data $(RUN) --samples $(^D) --out $(@D)
+	$(PY) 06_fewshot_metrics.py --data $(RUN) --samples $(^D) --out $(TWO)
 
-$(TWO)/distances.png: $(TWO)/metrics.json
-	$(PY) 07_twostage.py figures $(TWOSTAGE)
-
-twostage: $(TWO)/distances.png
+twostage: $(TWO)/metrics.json
+	$(PY) -m docs.figures $(RUN)
 	@cat $(TWO)/metrics.txt
-	@echo "pictures: $(TWO)/rows.png ($(ROWS)), interpolation.png, neighbours.png, distances.png"
+	@echo "pictures: $(RUN)/figures/"
 
 # image models that are told more and more of the embedding, at two budgets
-$(TWO)/sweep/metrics.json: $(TWO)/metrics.json
-	$(RANKS) 07_twostage.py sweep $(TWOSTAGE)
-	for row in $(@D)/*/; do $(PY) 01_embed.py --data $(RUN) --images $$row/samples.npy --out $$row --cls-only || exit 2; done
-	$(PY) 06_fewshot_metrics.py --data $(RUN) --samples $(@D)/*/ --out $(@D)
+TOLD      := none pca1 pca4 pca16 pca64 film kmeans4 kmeans16 kmeans64 kmeans256
+BUDGETS   ?= 500 1000
+SWEEP     := $(foreach b,$(BUDGETS),$(foreach t,$(TOLD),$(t)_$(b)))
 
-sweep: $(TWO)/sweep/metrics.json
-	$(PY) 07_twostage.py figures $(TWOSTAGE)
+sweep: $(TWO)/y_grid.npy
+	$(PY) 07_twostage.py told $(TRAIN) --told $(filter pca% kmeans%,$(TOLD))
+	$(PY) 07_twostage.py y $(TRAIN) --rows $(filter pca% kmeans%,$(TOLD))
+	for b in $(BUDGETS); do for t in $(TOLD); do \
+		how="--cond film"; y=$$t; \
+		case $$t in none) how="--cond none"; y=unconditional;; film) y=oracle;; *) how="--cond film --cls $(RUN)/$$t.npy";; esac; \
+		out=$(TWO)/sweep/$${t}_$$b; \
+		test -e $$out.pt || $(PY) 03_train_recon.py $(TRAIN) --cond-drop 0 --steps $$b $$how --out $$out.pt || exit 2; \
+		$(PY) 05_sample.py $(TRAIN) --checkpoint $$out.pt --y $(TWO)/$$y/y.npy --out $$out || exit 2; \
+		$(PY) 01_embed.py --data $(RUN) --images $$out/samples.npy --out $$out --cls-only || exit 2; \
+	done; done
+	$(PY) 06_fewshot_metrics.py --data $(RUN) --samples $(addprefix $(TWO)/sweep/,$(SWEEP)) --out $(TWO)/sweep
+	$(PY) -m docs.figures $(RUN) --only sweep
 	@cat $(TWO)/sweep/metrics.txt
-	@echo "picture: $(TWO)/sweep.png"
 
 test: $(VENV)/installed
 	$(PY) -m pip install --quiet --requirement requirements-test.txt

@@ -1,70 +1,72 @@
-"""Beyond the papers, measured: the similarity dial, guidance that keeps diversity, few steps. Fills docs/beyond.md.
+"""beyond/, measured: the similarity dial, guidance that keeps diversity, few steps. Fills docs/beyond.md.
 
-Runs the numbered scripts on the digits and models of claims.py (benchmarks/claims.py run --models pairs recon_full pairs_full,
-first), below the same folder: SEED/GROUP/SET. The dial is trained as in `make demo`, SEED/dial.pt. A repeated command goes on
-where it stopped.
+Trains the models that it needs and samples from them, below --runs: SEED/MODEL.pt, SEED/GROUP/SET. Models of
+benchmarks/claims.py that are there already are used. DATA is the digits, with pairs (`make demo`). A repeated command
+goes on where it stopped.
 
-    python benchmarks/beyond.py run                        # seeds 0 1 2, 45 minutes a seed on two cores
-    python benchmarks/beyond.py run --seeds 0 --groups steps
-    python benchmarks/beyond.py write                      # docs/beyond.md from what is there
+    python -m benchmarks.beyond run                    # seeds 0 1 2, about an hour a seed on two cores
+    python -m benchmarks.beyond run --seeds 0 --groups steps
+    python -m benchmarks.beyond write                  # tables and plots of docs/beyond.md, not its text
 """
+import argparse
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
-import claims
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
-import report
 from scipy.stats import spearmanr
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+from benchmarks import report
+from benchmarks.claims import DEMO, make, script
 
+plt.switch_backend("Agg")
 DIAL = (1, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 VARIANTS = {"plain": "", "tcfg": "--tcfg", "cads": "--cads 0.25", "interval": "--guidance-interval -2 4"}
 STEPS = (4, 8, 16, 32, 64, 128)
-SAMPLERS = {"ddpm": "--sampler ddpm", "ddim": "--sampler ddim", "dpm++": "--sampler dpm++", "demo": claims.DEMO}
-# group: {folder: (checkpoint below SEED, flags of 05_sample.py)}
-GROUPS = {
-    "dial": {f"dial_w1_s{s}": ("dial", f"{claims.DEMO} --sample-steps 12 --similarity {s}") for s in DIAL} | {
-        f"{m}_w{w}": (f"{m}_full", f"{claims.DEMO} --sample-steps 12 --guidance {w}")
-        for m in ("recon", "pairs") for w in (0, 1, 2)},
-    "guidance": {f"pairs_w{w}_{name}": ("pairs", f"--guidance {w} {flags}")
-                 for name, flags in VARIANTS.items() for w in ((0, 0.5, 1, 2, 4) if name == "plain" else (1, 2, 4))},
-    "steps": {f"pairs_w1_{sampler}_{n}": ("pairs", f"{flags} --sample-steps {n}")
-              for sampler, flags in SAMPLERS.items() for n in STEPS + (12,) * (sampler == "demo")},
-}
+SAMPLERS = {"ddpm": "--sampler ddpm", "ddim": "--sampler ddim", "dpm++": "--sampler dpm++", "demo": DEMO}
+MODELS = {"dial": "-m beyond.dial", "recon_full": "03_train_recon.py", "pairs_full": "04_train_pairs.py",
+          "pairs": "04_train_pairs.py --batch 16"}                     # 1,600 steps each, as in claims.py
+# group: {folder: (model, flags of beyond.sample)}
+GROUPS = {"dial": {}, "guidance": {}, "steps": {}}
+for s in DIAL:
+    GROUPS["dial"][f"dial_w1_s{s}"] = "dial", f"{DEMO} --sample-steps 12 --similarity {s}"
+for model in ("recon", "pairs"):
+    for w in (0, 1, 2):
+        GROUPS["dial"][f"{model}_w{w}"] = f"{model}_full", f"{DEMO} --sample-steps 12 --guidance {w}"
+for name, flags in VARIANTS.items():
+    for w in (0, 0.5, 1, 2, 4) if name == "plain" else (1, 2, 4):
+        GROUPS["guidance"][f"pairs_w{w}_{name}"] = "pairs", f"--guidance {w} {flags}"
+for name, flags in SAMPLERS.items():
+    for n in (*STEPS, 12) if name == "demo" else STEPS:
+        GROUPS["steps"][f"pairs_w1_{name}_{n}"] = "pairs", f"{flags} --sample-steps {n}"
 
 
-def train(runs, seed):
-    """SEED/dial.pt, at the preset's own budget, as in `make demo`."""
-    checkpoint = runs / str(seed) / "dial.pt"
-    if not checkpoint.exists():
-        claims.script(f"04_train_pairs.py --dial --data {runs / 'digits'} --out {checkpoint} --seed {seed}")
+def chain(data, runs, seed, model, groups):
+    """Train a model, sample all its settings, embed the samples."""
+    checkpoint = runs / str(seed) / f"{model}.pt"
+    sets = [(runs / str(seed) / group / name, flags) for group in groups
+            for name, (of, flags) in GROUPS[group].items() if of == model]
+    if sets:
+        make(checkpoint, f"{MODELS[model]} --data {data} --out {checkpoint} --seed {seed}")
+    for out, flags in sets:
+        how = f"--checkpoint {checkpoint} --variations 60 --seed {seed} {flags}"
+        make(out / "samples.npy", f"-m beyond.sample --data {data} {how} --out {out}")
+        make(out / "cls.npy", f"01_embed.py --data {data} --images {out}/samples.npy --out {out} --cls-only")
+        print(f"{out} is done", flush=True)
 
 
-def sample(runs, seed, group, name):
-    """Samples of one setting, embedded."""
-    model, flags = GROUPS[group][name]
-    samples = runs / str(seed) / group / name
-    if not (samples / "samples.npy").exists():
-        claims.script(f"05_sample.py --data {runs / 'digits'} --checkpoint {runs / str(seed) / model}.pt --seed {seed} {flags} "
-                      f"--out {samples}")
-    if not (samples / "data.json").exists():
-        claims.script(f"01_embed.py --data {runs / 'digits'} --images {samples}/samples.npy --out {samples} --cls-only")
-    print(f"seed {seed}: {name} is done", flush=True)
-
-
-def score(runs, group):
+def score(data, runs, group):
     """06 on all that is there of a group: (rows, the lines of its table)."""
-    folders = [path.parent for name in GROUPS[group] for path in sorted(runs.glob(f"[0-9]*/{group}/{name}/data.json"))]
+    folders = [path.parent for name in GROUPS[group] for path in sorted(runs.glob(f"[0-9]*/{group}/{name}/cls.npy"))]
     scores = runs / "scores" / group
-    claims.script(f"06_fewshot_metrics.py --data {runs / 'digits'} --out {scores} --samples {' '.join(map(str, folders))}")
+    script(f"06_fewshot_metrics.py --data {data} --out {scores} --samples {' '.join(map(str, folders))}")
     return json.loads((scores / "metrics.json").read_text()), (scores / "metrics.txt").read_text()
 
 
 def curves(rows, of, *keys):
-    """{curve: (points [n], mean [keys, n], s.d. [keys, n])} over the seeds of the sets in rows; of(row) -> (curve, point)."""
+    """{curve: (points [n], mean [keys, n], s.d. [keys, n])} over the seeds; of(row) -> (curve, point)."""
     found = {}
     for row in (row for row in rows if "folder" in row):               # not the real images
         curve, point = of(row)
@@ -76,7 +78,7 @@ def curves(rows, of, *keys):
     return found
 
 
-def plot_dial(rows, path):
+def plot_dial(rows):
     """Achieved against requested similarity."""
     figure, axes = plt.subplots(figsize=(5, 4.2), layout="constrained")
     rows = [row for row in rows if row.get("similarity")]
@@ -84,33 +86,30 @@ def plot_dial(rows, path):
     axes.errorbar(asked, *mean, *spread, fmt="o-")
     axes.plot([min(asked), 1], [min(asked), 1], ":k", linewidth=0.8)
     axes.set(xlabel="requested similarity", ylabel="achieved: mean cosine to the condition")
-    figure.savefig(path, dpi=120)
+    return figure
 
 
-def plot_frontier(rows, path):
-    """Precision against recall, a curve a model and kind of guidance, w or similarity at the points: 06's plot, from close by."""
-    figure, axes = plt.subplots(figsize=(7.5, 5), layout="constrained")
-
+def plot_frontier(rows):
+    """Precision against recall, a curve a model and kind of guidance; at the points w, or the similarity."""
     def of(row):
         return f"{row['model']} {row.get('variant') or ''}", (row.get("similarity") or [row["guidance"]])[0]
 
-    found = curves(rows, of, "recall", "precision")
-    for name, (points, mean, spread) in found.items():
+    figure, axes = plt.subplots(figsize=(7.5, 5), layout="constrained")
+    for name, (points, mean, spread) in curves(rows, of, "recall", "precision").items():
         line = axes.errorbar(*mean, spread[1], spread[0], fmt="o-", elinewidth=0.4, label=name)[0]
         for point, *xy in zip(points, *mean):
-            axes.annotate(f"{point:g}", xy, xytext=(4, 4), textcoords="offset points", fontsize=8, color=line.get_color())
+            axes.annotate(f"{point:g}", xy, xytext=(4, 4), textcoords="offset points", color=line.get_color())
     axes.set(xlabel="recall", ylabel="precision")
     axes.legend(frameon=False)
-    figure.savefig(path, dpi=120)
+    return figure
 
 
-def plot_steps(rows, path):
-    """FID against steps, and against the time of an image: steps times the fastest step, since other jobs run beside it."""
-    figure, panels = plt.subplots(1, 2, figsize=(9, 4.2), layout="constrained", sharey=True)
-
+def plot_steps(rows):
+    """FID against steps, and against the time of an image: steps times the fastest step, as other jobs run beside."""
     def of(row):
-        return "ddpm as in make demo" if row.get("time_power") else row.get("variant") or "ddpm", row["sample_steps"]
+        return "ddpm as in make demo" if row["time_power"] == 2 else row["variant"] or "ddpm", row["sample_steps"]
 
+    figure, panels = plt.subplots(1, 2, figsize=(9, 4.2), layout="constrained", sharey=True)
     for variant, (steps, (fid, time), (spread, _)) in curves(rows, of, "fid", "ms_image").items():
         for axes, x in zip(panels, (steps, steps * (time / steps).min())):
             axes.errorbar(x, fid, spread, fmt="o-", label=variant)
@@ -119,50 +118,50 @@ def plot_steps(rows, path):
     panels[1].set(xlabel="ms an image, one core")
     panels[1].xaxis.set_major_formatter("{x:g}")
     panels[0].legend(frameon=False)
-    figure.savefig(path, dpi=120)
+    return figure
 
 
-def write(runs, page):
+PLOTS = {"dial": {"dial": plot_dial, "dial_precision_recall": plot_frontier},
+         "guidance": {"guidance_precision_recall": plot_frontier}, "steps": {"steps": plot_steps}}
+
+
+def write(data, runs, page):
     """Score, plot, and replace the tables between the marks of the page."""
-    rows, tables, folder = {}, {}, page.parent
-    for group in GROUPS:
-        if not list(runs.glob(f"[0-9]*/{group}/*/data.json")):
-            continue
-        rows[group], table = score(runs, group)
+    tables = {}
+    for group in (group for group in GROUPS if list(runs.glob(f"[0-9]*/{group}/*/cls.npy"))):
+        rows, table = score(data, runs, group)
         if group == "dial":
-            asked, got = zip(*((row["similarity"][0], row["copy"]) for row in rows[group] if row.get("similarity")))
-            rank = spearmanr(asked, got).statistic
-            table += f"\nSpearman of requested and achieved similarity: {rank:.3f} over {len(got)} sets\n"
+            dial = [row for row in rows if row.get("similarity")]
+            rank = spearmanr([row["similarity"][0] for row in dial], [row["copy"] for row in dial]).statistic
+            table += f"\nSpearman of requested and achieved similarity: {rank:.3f} over {len(dial)} sets\n"
         tables[group] = f"```\n{table}```"
+        for name, plot in PLOTS[group].items():
+            plot(rows).savefig(page.with_name(f"beyond_{name}.png"), dpi=120)
     report.write(page, report.fill(page.read_text(), tables))
-    for group in rows.keys() & {"dial", "guidance"}:
-        plot_frontier(rows[group], folder / f"beyond_{group}_precision_recall.png")
-    if "dial" in rows:
-        plot_dial(rows["dial"], folder / "beyond_dial.png")
+    if "dial" in tables:
         seed = min(runs.glob("[0-9]*/dial.pt")).parent
-        sheet = seed / "dial_sheet"
-        if not (sheet / "samples.npy").exists():
-            claims.script(f"05_sample.py --data {runs / 'digits'} --checkpoint {seed}/dial.pt --out {sheet} "
-                          f"--seed {seed.name} {claims.DEMO} --sample-steps 12 --variations {len(DIAL)} "
-                          f"--similarity {' '.join(map(str, DIAL))}")
-        shutil.copy(sheet / "sheet.png", folder / "beyond_dial_sheet.png")
-    if "steps" in rows:
-        plot_steps(rows["steps"], folder / "beyond_steps.png")
+        how = f"{DEMO} --sample-steps 12 --variations {len(DIAL)} --similarity {' '.join(map(str, DIAL))}"
+        where = f"--data {data} --checkpoint {seed}/dial.pt --seed {seed.name} --out {seed}/dial_sheet"
+        script(f"-m beyond.sample {where} {how}")
+        shutil.copy(seed / "dial_sheet" / "sheet.png", page.with_name("beyond_dial_sheet.png"))
 
 
 def main():
-    p = claims.parser(__doc__)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("action", choices=["run", "write"])
+    p.add_argument("--data", type=Path, default=Path("runs/digits16"))
+    p.add_argument("--runs", type=Path, default=Path("runs/claims"))
+    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     p.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
-    p.add_argument("--steps", type=int, default=128, help="the most in the group `steps`")
+    p.add_argument("--jobs", type=int, default=2, help="commands side by side")
     args = p.parse_args()
+    data, runs = args.data.resolve(), args.runs.resolve()              # scripts run in the repository
     if args.action == "write":
-        return write(args.runs, claims.ROOT / "docs" / "beyond.md")
-    wanted = [(seed, group, name) for seed in args.seeds for group in args.groups for name in GROUPS[group]
-              if group != "steps" or int(name.rsplit("_", 1)[1]) <= args.steps]
-    trainings = [(train, args.runs, seed) for seed in args.seeds if "dial" in args.groups]
-    for calls in (trainings + [(sample, args.runs, *what) for what in wanted if what[1] != "dial"],    # models of claims.py
-                  [(sample, args.runs, *what) for what in wanted if what[1] == "dial"]):
-        claims.side_by_side(args.jobs, calls)
+        return write(data, runs, report.ROOT / "docs" / "beyond.md")
+    with ThreadPoolExecutor(args.jobs) as pool:
+        done = [pool.submit(chain, data, runs, seed, model, args.groups) for seed in args.seeds for model in MODELS]
+        for future in done:
+            future.result()
 
 
 if __name__ == "__main__":

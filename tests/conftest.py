@@ -1,43 +1,57 @@
-"""The scripts live one folder up, their benchmarks beside this one, and neither is a package."""
+"""What the tests share: a tiny folder of data, and how to run a script as a user would."""
+import importlib.util
+import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "benchmarks")]
+import numpy as np
+import pytest
 
-import json  # noqa: E402
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
 
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
 
-import system  # noqa: E402
-import training  # noqa: E402
+def run(script, *flags, processes=1, cwd=ROOT, **env):
+    """`python SCRIPT FLAGS` in the repository (SCRIPT may be "-m beyond.dial"), or the same under torchrun, on the CPU."""
+    launch = [sys.executable]
+    if processes > 1:
+        launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    settings = os.environ | dict(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", PYTHONPATH=str(ROOT)) | env
+    return subprocess.run([*launch, *script.split(), *map(str, flags)], cwd=cwd, env=settings, text=True, capture_output=True)
+
+
+def done(script, *flags, **options):
+    """run(), which must succeed; returns what it printed."""
+    result = run(script, *flags, **options)
+    assert result.returncode == 0, result.stderr[-2000:]
+    return result.stdout
+
+
+def module(name):
+    """A numbered script as a module, without running its main()."""
+    spec = importlib.util.spec_from_file_location(Path(name).stem, ROOT / name)
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return found
 
 
 @pytest.fixture
 def tiny_data(tmp_path):
-    """A folder like those of 01_embed.py: 4 pages of 5 random 16 px images, the last of each page held out; and its pairs.npy."""
+    """A folder like those of 01: 4 pages of 5 random 16 px images, the last of each page held out; and pairs.npy of 02."""
     rng, folder, n = np.random.default_rng(0), tmp_path / "data", 20
     folder.mkdir()
     pages = np.repeat(np.arange(4, dtype=np.int32), 5)
     split = (np.arange(n) % 5 == 4).astype(np.uint8)
-    i, j = np.nonzero((pages[:, None] == pages) & ~np.eye(n, dtype=bool) & (split == 0) & (split[:, None] == 0))
+    train = split == 0
+    i, j = np.nonzero((pages[:, None] == pages) & ~np.eye(n, dtype=bool) & train & train[:, None])
     arrays = dict(images=rng.integers(0, 256, (n, 16, 16, 3), np.uint8), pages=pages, split=split,
-                  names=np.array([f"image {k}" for k in range(n)]), cls=rng.normal(size=(n, 6)).astype(np.float32),
-                  tokens=rng.normal(size=(n, 4, 5)).astype(np.float16), pairs=np.stack([i, j], 1))
+                  names=np.array([f"{page}/{k}.png" for k, page in enumerate(pages)]),
+                  cls=rng.normal(size=(n, 6)).astype(np.float32), tokens=rng.normal(size=(n, 4, 5)).astype(np.float16),
+                  pairs=np.stack([i, j], 1), sims=rng.uniform(size=len(i)).astype(np.float32))
     for name, array in arrays.items():
         np.save(folder / f"{name}.npy", array)
-    encoder = dict(name="random", px=16, size=16, dim=6, tokens=[4, 5])
-    (folder / "data.json").write_text(json.dumps(dict(preset="digits16", images=n, encoder=encoder)))
+    encoder = dict(name="tiny", px=16, size=16, dim=6, tokens=[4, 5])
+    (folder / "data.json").write_text(json.dumps(dict(preset="digits16", images=n, source="test", encoder=encoder)))
     return folder
-
-
-@pytest.fixture
-def train_args(tiny_data):
-    """train_args("--steps", "6", ...): the arguments of a training script run on tiny_data with a small network."""
-    def make(*flags):
-        p = training.training_parser("")
-        args = system.parse(p, ["--data", str(tiny_data), "--device", "cpu", "--batch", "4", *flags])
-        args.channels, args.blocks, args.sample_steps = (16, 32), (1, 1), 2
-        args.out = args.out or tiny_data / "model.pt"
-        return args
-    return make

@@ -1,134 +1,94 @@
-"""05_sample.py: shapes, files, seeds, guidance, and what does not fit together."""
-import importlib
+"""05: which images are the conditions, and that image (i, j) depends on (seed, i, j) and its own condition only."""
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
-import system
 import numpy as np
 import pytest
-import training
+from conftest import done, module
 from PIL import Image
+from small import checkpoint, here
 
-ROOT = Path(__file__).parents[1]
-sampler = importlib.import_module("05_sample")
-
-
-@pytest.fixture
-def folder(tiny_data, train_args):
-    """tiny_data with a pairs.pt of three steps; its learning rate is high so that the condition matters already."""
-    args = train_args("--steps", "3", "--lr", "0.02", "--out", str(tiny_data / "pairs.pt"))
-    args.warmup = 1
-    training.train_images(args, system.Data(tiny_data), system.read_array(tiny_data / "pairs.npy"))
-    return tiny_data
+TWO = "tests/small.py 0 05_sample.py"
 
 
-def sample(monkeypatch, folder, out, *flags):
-    words = ["--data", folder, "--out", folder / out, "--device", "cpu", "--variations", "3", "--sample-steps", "3", *flags]
-    monkeypatch.setattr(sys, "argv", ["05_sample.py", *map(str, words)])
-    sampler.main()
-    return np.load(folder / out / "samples.npy", allow_pickle=False)
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Small networks with random weights: {cond: path of a checkpoint}."""
+    folder = tmp_path_factory.mktemp("models")
+    return {cond: checkpoint(folder / f"{cond}.pt", cond) for cond in ("both", "film")}
 
 
-def test_command_line_writes_samples_conditions_and_a_sheet(folder):
-    subprocess.run([sys.executable, ROOT / "05_sample.py", "--data", folder, "--device", "cpu", "--variations", "2",
-                    "--sample-steps", "2", "--guidance", "0.5"], check=True, cwd=ROOT)
-    out = folder / "samples" / "pairs_w0.5_steps2_k2"                  # a name of what is not as usual
-    samples = np.load(out / "samples.npy", allow_pickle=False)
-    assert samples.shape == (4, 2, 16, 16, 3) and samples.dtype == np.uint8 and samples.std() > 0
-    assert np.load(out / "conditions.npy", allow_pickle=False).tolist() == [4, 9, 14, 19]     # the held-out image of each page
-    about = json.loads((out / "samples.json").read_text())
-    assert (about["model"], about["guidance"], about["step"], about["seed"]) == ("pairs", 0.5, 3, 0)
-    assert Image.open(out / "sheet.png").size[0] > 100 and not list(out.glob("*.tmp"))
+def sample(folder, model, out, *flags):
+    here("05_sample.py", "--data", folder, "--checkpoint", model, "--sample-steps", 2, "--out", folder / out, *flags)
+    return np.load(folder / out / "samples.npy", allow_pickle=False).astype(int)
 
 
-def test_conditions_of_a_protocol(folder, monkeypatch, capsys):
-    """per_page images of each page; a draw takes the next ones, of pages that have them; the full set takes all."""
-    pages, split = np.array([0, 0, 0, 1, 1, 1, 2, 2], np.int32), np.array([1, 0, 1, 1, 1, 1, 0, 1], np.uint8)
-    data = system.Data(folder)
-    data.pages, data.split = pages, split                              # in place of the files
-    assert data.conditions().tolist() == [0, 3, 7] and data.conditions(draw=1).tolist() == [2, 4]
-    assert data.conditions(2).tolist() == [0, 2, 3, 4, 7] and data.conditions(2, 1).tolist() == [5]
-    assert data.conditions(None).tolist() == [0, 2, 3, 4, 5, 7] and data.conditions(draw=3).size == 0
-    data.split = 0 * split
-    assert data.conditions().tolist() == list(range(8))
-    with pytest.raises(SystemExit) as stop:
-        sample(monkeypatch, folder, "none", "--draw", "1")
-    assert stop.value.code == 2 and "holds out" in capsys.readouterr().err
-    words = ["--data", folder, "--device", "cpu", "--sample-steps", "2", "--guidance", "0", "--protocol", "sun397-oneshot"]
-    monkeypatch.setattr(sys, "argv", ["05_sample.py", *map(str, words)])
-    sampler.main()
-    made = folder / "sun397-oneshot" / "pairs_w0_steps2"
-    assert np.load(made / "samples.npy", allow_pickle=False).shape[:2] == (4, 25)
-    assert system.read_json(made / "samples.json")["protocol"] == "sun397-oneshot"
+def test_command_line(tiny_data, models):
+    flags = ("--variations", 3, "--draw", 2, "--sample-steps", 2)
+    done("05_sample.py", "--data", tiny_data, "--checkpoint", models["both"], *flags)
+    made = tiny_data / "samples" / "both_w1"
+    names = {path.name for path in made.iterdir()}
+    assert names == {"conditions.npy", "samples.json", "samples.npy", "sheet.png"}
+    samples, conditions = (np.load(made / f"{name}.npy", allow_pickle=False) for name in ("samples", "conditions"))
+    assert samples.shape == (4, 3, 16, 16, 3) and samples.dtype == np.uint8 and conditions.tolist() == [4, 9, 14, 19]
+    about = json.loads((made / "samples.json").read_text())
+    assert about.pop("ms_image") > 0
+    assert about == dict(model="both", step=7, guidance=1, draw=2, seed=0, per_page=1, variations=3, interpolation=0.2,
+                         y=None, sample_steps=2, time_power=1.5, amp="none")
+    assert Image.open(made / "sheet.png").width > Image.open(made / "sheet.png").height
 
 
-def test_an_image_depends_on_seed_and_place_alone(folder, monkeypatch):
-    whole = sample(monkeypatch, folder, "whole").astype(int)
-    small = sample(monkeypatch, folder, "small", "--batch-images", "5").astype(int)
-    assert abs(whole - small).max() <= 1                               # another batch size: other rounding, the same image
-    assert np.array_equal(whole, sample(monkeypatch, folder, "again"))
-    other = sample(monkeypatch, folder, "other", "--seed", "1").astype(int)
-    assert all((whole[i, j] != other[i, j]).any() for i in range(4) for j in range(3))
-    assert all((whole[i, 0] != whole[i, 1]).any() for i in range(4))
+def test_an_image_depends_on_its_own_place_alone(tiny_data, models):
+    whole = sample(tiny_data, models["both"], "whole", "--variations", 3)
+    small = sample(tiny_data, models["both"], "small", "--variations", 3, "--batch-images", 5)
+    assert np.abs(whole - small).max() <= 1                             # other rounding
+    fewer = sample(tiny_data, models["both"], "fewer", "--variations", 2)
+    assert np.abs(whole[:, :2] - fewer).max() <= 1
+    assert len(np.unique(whole.reshape(12, -1), axis=0)) == 12
+    other = sample(tiny_data, models["both"], "other", "--variations", 3, "--seed", 1)
+    assert (whole != other).any((2, 3, 4)).all()
+    cls = np.load(tiny_data / "cls.npy", allow_pickle=False)
+    cls[4] += 3                                                         # the first condition
+    np.save(tiny_data / "cls.npy", cls)
+    changed = sample(tiny_data, models["both"], "changed", "--variations", 3)
+    assert np.abs(whole[1:] - changed[1:]).max() <= 1 < np.abs(whole[0] - changed[0]).max()
 
 
-def test_two_processes_draw_what_one_draws(folder):
-    flags = [ROOT / "05_sample.py", "--data", folder, "--device", "cpu", "--variations", "2", "--sample-steps", "2",
-             "--batch-images", "3", "--out"]                           # three batches, the last one of two images
-    env, two = {**os.environ, "OMP_NUM_THREADS": "1"}, ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    for out, engine in (("one", []), ("two", two)):
-        subprocess.run([sys.executable, *engine, *map(str, flags), str(folder / out)], check=True, cwd=ROOT, env=env)
+def test_two_processes_draw_what_one_draws(tiny_data, models):
+    flags = ("--data", tiny_data, "--checkpoint", models["both"], "--variations", 2, "--batch-images", 3)
+    done(TWO, *flags, "--out", tiny_data / "two", processes=2)          # three batches, the last one of two images
+    here("05_sample.py", *flags, "--out", tiny_data / "one")
     for name in ("samples.npy", "conditions.npy", "sheet.png"):
-        assert (folder / "one" / name).read_bytes() == (folder / "two" / name).read_bytes()
-    one, two = (settings(folder / out) for out in ("one", "two"))
-    assert one.pop("ms_image") > 0 and two.pop("ms_image") > 0 and one == two
+        assert (tiny_data / "one" / name).read_bytes() == (tiny_data / "two" / name).read_bytes()
 
 
-def test_guidance_changes_the_samples_and_beside_widens_the_sheet(folder, monkeypatch):
-    plain = sample(monkeypatch, folder, "w0", "--guidance", "0")
-    guided = sample(monkeypatch, folder, "w3", "--guidance", "3", "--beside", folder / "w0")
-    assert not np.array_equal(plain, guided)
-    assert Image.open(folder / "w3" / "sheet.png").size[0] > Image.open(folder / "w0" / "sheet.png").size[0]
+def test_conditions():
+    """Held-out images, so many of each page, another choice for another draw; all images if none is held out."""
+    choose = module("05_sample.py").conditioning_images
+    pages, split = np.arange(60) % 3, (np.arange(60) % 2).astype(np.uint8)
+    draws = [choose(pages, split, 4, draw).tolist() for draw in (0, 1, 0)]
+    assert draws[0] == draws[2] != draws[1]
+    assert all(split[draw].all() and len(set(draw)) == 12 for draw in draws)
+    assert all((np.bincount(pages[draw]) == 4).all() for draw in draws)
+    assert sorted(choose(pages, split, 99, 0)) == np.flatnonzero(split).tolist()
+    assert choose(pages, 0 * split, 4, 0).tolist() == list(range(60))
 
 
-def test_beyond_the_papers(folder, train_args, monkeypatch, capsys):
-    """Each option changes the samples and is written down; a dial takes similarities in turn; a model without one says so."""
-    plain = sample(monkeypatch, folder, "plain")
-    for out, flags in (("ddim", ["--sampler", "ddim"]), ("dpm", ["--sampler", "dpm++"]), ("tcfg", ["--tcfg"]),
-                       ("cads", ["--cads", "0.5"]), ("band", ["--guidance-interval", "-2", "2"]),
-                       ("power", ["--time-power", "3"]), ("small", ["--interpolation", "0"])):
-        assert not np.array_equal(plain, sample(monkeypatch, folder, out, *flags)), out
-    assert settings(folder / "band")["variant"] == "-2to2" and settings(folder / "plain")["variant"] == ""
-    assert (settings(folder / "power")["time_power"], settings(folder / "small")["interpolation"]) == (3, 0)
-    assert np.array_equal(plain, sample(monkeypatch, folder, "same", "--time-power", "1.5", "--interpolation", "0.2"))
-    with pytest.raises(SystemExit) as stop:
-        sample(monkeypatch, folder, "none", "--sampler", "ddim", "--interpolation", "0")
-    assert stop.value.code == 2 and "--interpolation" in capsys.readouterr().err
-    with pytest.raises(SystemExit) as stop:
-        sample(monkeypatch, folder, "none", "--similarity", "0.5")
-    assert stop.value.code == 2 and "dial" in capsys.readouterr().err
-    flags = "--device cpu --dial --steps 2 --batch 4 --channels 16 32 --blocks 1 1 --lr 0.02 --sample-steps 2"
-    subprocess.run([sys.executable, ROOT / "04_train_pairs.py", "--data", folder, *flags.split()], check=True)
-    guided = sample(monkeypatch, folder, "guided", "--checkpoint", folder / "dial.pt", "--guidance", "2", "--similarity", "0.5")
-    dial = ["--checkpoint", folder / "dial.pt", "--guidance", "0", "--similarity"]
-    assert not np.array_equal(guided, sample(monkeypatch, folder, "unguided", *dial, "0.5"))
-    both = sample(monkeypatch, folder, "both", *dial, "1", "0.5")
-    one = sample(monkeypatch, folder, "one", *dial, "1")
-    assert np.array_equal(both[:, ::2], one[:, ::2]) and not np.array_equal(both[:, 1], one[:, 1])
-    assert settings(folder / "both")["similarity"] == [1, 0.5]
+def test_guidance_and_the_sheet(tiny_data, models):
+    plain = sample(tiny_data, models["film"], "plain", "--guidance", 0)
+    guided = sample(tiny_data, models["film"], "guided", "--guidance", 3, "--beside", tiny_data / "plain")
+    assert plain.shape[1] == 10 and (plain != guided).any((2, 3, 4)).all()
+    assert Image.open(tiny_data / "guided" / "sheet.png").width > Image.open(tiny_data / "plain" / "sheet.png").width
+    cls = np.load(tiny_data / "cls.npy", allow_pickle=False)[[4, 9, 14, 19]]
+    np.save(tiny_data / "y.npy", cls)                                   # the same embeddings as rows of an array
+    drawn = sample(tiny_data, models["film"], "y", "--y", tiny_data / "y.npy")
+    assert np.abs(drawn - plain[:, :1]).max() <= 1                      # --y means guidance 0, and one sample a row
+    assert not (tiny_data / "y" / "conditions.npy").exists()
 
 
-def settings(out):
-    return system.read_json(out / "samples.json")
-
-
-def test_embeddings_of_another_encoder_are_refused(folder, monkeypatch, capsys):
-    meta = json.loads((folder / "data.json").read_text())
-    meta["encoder"]["px"] = 32
-    (folder / "data.json").write_text(json.dumps(meta))
-    with pytest.raises(SystemExit) as stop:
-        sample(monkeypatch, folder, "out")
-    assert stop.value.code == 2 and "encoder" in capsys.readouterr().err and not (folder / "out").exists()
+def test_rows_of_different_y_share_their_noise(tiny_data, models):
+    y = np.random.default_rng(0).normal(size=(3, 6)).astype(np.float32)
+    np.save(tiny_data / "a.npy", y)
+    np.save(tiny_data / "b.npy", y[[0, 2]])
+    a, b = (sample(tiny_data, models["film"], name, "--y", tiny_data / f"{name}.npy") for name in "ab")
+    assert np.abs(a[0] - b[0]).max() <= 1                               # the same row in the same place
+    assert (a[2] != b[1]).any()                                         # the same row in another place

@@ -1,0 +1,168 @@
+"""beyond/dial.py: 04 with a dial from copy to diverse. The similarity of condition and target is one more condition.
+
+    minimise over theta   E | v_theta(alpha x + sigma eps, logsnr, embed(y), cos(embed(x), embed(y))) - v |^2
+
+Reads   DATA of 01_embed.py: images.npy, split.npy, pages.npy, cls.npy, tokens.npy, data.json
+Writes  DATA/dial.pt, dial.pt.partial, dial.jsonl and dial.png, as 04 does. dial.png: similarities from 1 to 0.5
+
+A changed copy of 04. It trains on all pairs of a page, and half of a batch pairs an image with itself. The similarity
+is embedded like the noise level and appended to the global embedding, so the network is common.UViT as it is, told both
+the global embedding and the tokens. The null condition has no similarity. On its own the similarity is dropped at the
+same rate, so that the network also samples without one. [S] names such a condition as future work (appendix C).
+
+    python -m beyond.dial                                       # digits at 16 px, one core: 7 min
+    python -m beyond.sample --checkpoint runs/digits16/dial.pt --similarity 1 0.9 0.8 0.7 0.6 0.5 --variations 6
+"""
+import copy
+import json
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+import beyond
+import common
+
+COPIES = 0.5                                                           # of a batch pair an image with itself
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Command line. What is not given takes the preset's value.
+
+p = common.parser(__doc__)
+p.add_argument("--out", type=Path, help="checkpoint to write (default DATA/dial.pt)")
+p.add_argument("--cond-drop", type=common.share, help="how often the condition is dropped")
+p.add_argument("--loss", choices=["v", "eps"], help="what the squared error is of")
+p.add_argument("--steps", type=common.count, help="optimiser steps in all")
+p.add_argument("--batch", type=common.count, help="images a step, over all processes")
+p.add_argument("--accumulate", type=common.count, default=1, help="backward passes a step")
+p.add_argument("--lr", type=common.positive, help="peak learning rate")
+p.add_argument("--amp", choices=["auto", "none", "bf16"], help="bf16 autocast; auto: where a GPU has it natively")
+p.add_argument("--compile", action="store_true", help="torch.compile the network")
+p.add_argument("--fsdp", action="store_true", help="under torchrun: shard weights and optimiser too (FSDP2)")
+p.add_argument("--recompute", action="store_true", help="less memory: run blocks again in the backward pass")
+p.add_argument("--workers", type=common.natural, default=0, help="processes that make batches ahead")
+p.add_argument("--save-every", type=common.count, default=500, help="steps; checkpoint and preview")
+args = common.parse(p)
+out = args.out or args.data / "dial.pt"
+device, rank, world = common.start(args.device)
+if args.batch % (world * args.accumulate):
+    common.die(f"--batch {args.batch} does not divide into {world} processes x {args.accumulate} backward passes")
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data. A batch is a function of (seed, step) alone: resuming needs no generator state, N processes share one batch.
+
+images = common.load(args.data / "images.npy")                          # [N, S, S, 3] uint8
+split = common.load(args.data / "split.npy")                            # [N], 0 is the training set
+pages = common.load(args.data / "pages.npy")                            # [N]
+told = common.condition_arrays(args.data, "both")                       # {"cls": [N, D], "tokens": [N, T, C]}
+train = np.flatnonzero(split == 0)
+train = train[np.argsort(pages[train], kind="stable")]                  # page by page
+_, first_of, images_of = np.unique(pages[train], return_index=True, return_counts=True)  # of each page's images
+
+
+def batch_of(step):
+    """This process's b rows of a batch of B: {x [b, S, S, 3] uint8, eps, t, drop, and what the model is told}."""
+    rng = np.random.default_rng([args.seed, step])
+    page = rng.integers(len(first_of), size=args.batch)
+    condition, target = train[first_of[page] + rng.integers(images_of[page], size=(2, args.batch))]
+    target = np.where(rng.random(args.batch) < COPIES, condition, target)
+    t = (rng.random() + np.arange(args.batch)) / args.batch             # one in each of B strata of [0, 1] ([VDM] I)
+    drop = rng.random(args.batch) < args.cond_drop                      # these rows train the null condition ([CFG])
+    alone = rng.random(args.batch) < args.cond_drop                     # these are told the image, but no similarity
+    mine = np.arange(rank, args.batch, world)
+    eps = common.randn([common.generator("cpu", args.seed, step, i) for i in mine], (3, args.size, args.size))
+    batch = common.take(dict(x=images), target[mine]) | common.take(told, condition[mine])
+    own = common.take(told, target[mine])["cls"]                        # [b, D]
+    similarity = torch.cosine_similarity(batch["cls"], own).masked_fill(torch.from_numpy(alone[mine]), math.nan)
+    batch["cls"] = torch.cat([batch["cls"], beyond.embed(similarity)], 1)                # [b, D + 257]
+    return batch | dict(eps=eps, t=torch.from_numpy(t[mine]).float(), drop=torch.from_numpy(drop[mine]))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Network, averaged weights, optimiser: new, or as they were saved.
+
+network = {name: getattr(args, name) for name in ("size", "patch", "channels", "blocks", "transformers")}
+network["told"] = dict(cls=(told["cls"].shape[1] + beyond.DIAL,), tokens=told["tokens"].shape[1:])
+config = {name: getattr(args, name) for name in ("seed", *common.PRESETS[args.preset])}
+config |= dict(network=network, encoder=common.load(args.data / "data.json")["encoder"], cond="both", cls=None,
+               dial=True, checksums=[common.checksum(array) for array in (train, images_of, *told.values())])
+torch.manual_seed(args.seed)
+model = common.UViT(**network)
+model.norm["tokens"].fit(told["tokens"], train)
+embedding = common.Standardise(told["cls"].shape[1])
+embedding.fit(told["cls"], train)
+model.norm["cls"].mean[:-beyond.DIAL] = embedding.mean                  # the dial's columns keep mean 0 and s.d. 1
+model.norm["cls"].std[:-beyond.DIAL] = embedding.std
+model.to(device)
+ema = copy.deepcopy(model).requires_grad_(False)
+net = common.distribute(model, ema, args.fsdp, args.recompute, args.compile)
+optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99), eps=1e-12, fused=device.type != "mps")
+first = common.resume(out, model, ema, optimizer, config)
+
+
+def preview():
+    """Samples (w = 1) of eight similarities for each of eight held-out images, with the same noise every time."""
+    shown = np.random.default_rng(0).permutation(np.flatnonzero(split == split.max()))[:8]
+    streams = [common.generator(device, args.seed, i, j, 1) for i in range(len(shown)) for j in range(8)]
+    condition = common.take(told, shown.repeat(8), device)
+    similarity = torch.linspace(1, 0.5, 8, device=device).repeat(len(shown))
+    condition["cls"] = torch.cat([condition["cls"], beyond.embed(similarity)], 1)
+    x = common.sample_images(ema, condition, streams, float(args.cond_drop > 0), config)
+    if rank == 0:
+        common.contact_sheet(out.with_suffix(".png"), [[images[i], *x[8 * n:8 * n + 8]] for n, i in enumerate(shown)])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The loop.
+
+log = out.with_suffix(".jsonl")
+rows = [row for row in map(json.loads, log.read_text().splitlines()) if row["step"] <= first] if first else []
+batches = torch.utils.data.DataLoader(range(first, args.steps), batch_size=None, collate_fn=batch_of,
+                                      num_workers=args.workers, pin_memory=device.type == "cuda")
+bar = tqdm(batches, out.stem, args.steps, initial=first, unit="step", disable=True if rank else None)
+sums, clock = torch.zeros(2, 5, device=device), time.perf_counter()     # losses and their number, by noise level
+for step, batch in enumerate(bar, first + 1):
+    batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+    for part in range(args.accumulate):
+        condition = {name: value[part::args.accumulate] for name, value in batch.items()}
+        x, eps, t = (condition.pop(name) for name in ("x", "eps", "t"))
+        x = x.permute(0, 3, 1, 2) / 127.5 - 1                           # [b, 3, S, S] in [-1, 1]
+        logsnr = common.logsnr_schedule(t, args.size, args.noise_size)
+        alpha, sigma = common.alpha_sigma(logsnr)
+        net.require_backward_grad_sync = part == args.accumulate - 1    # DDP sums over the processes once a step
+        with common.autocast(device, args.amp):
+            v_pred = net(alpha * x + sigma * eps, logsnr, **condition)
+        loss = common.diffusion_loss(v_pred, x, eps, logsnr, args.loss)                  # [b]
+        (loss.mean() / args.accumulate).backward()
+        sums.index_add_(1, (t * 5).long().clamp(max=4), torch.stack([loss.detach(), torch.ones_like(loss)]))
+    decay = 0.5 + 0.5 * math.cos(math.pi * (step - 1) / args.steps) if args.decay == "cosine" else 1
+    optimizer.param_groups[0]["lr"] = args.lr * min(1, step / args.warmup) * decay
+    optimizer.step()
+    optimizer.zero_grad()
+    for average, weight in zip(ema.parameters(), model.parameters()):
+        average.lerp_(weight.detach(), 1 - min(args.ema, step / (9 + step)))      # it forgets its start first
+
+    saving = step % args.save_every == 0 or step == args.steps
+    if saving or step % 50 == 0:
+        if world > 1:
+            dist.all_reduce(sums)
+        mean, count = (sums[0].sum() / sums[1].sum()).item(), sums[1].sum().item()
+        if not math.isfinite(mean):
+            common.die(f"{out}: the loss is {mean} at step {step}; the last checkpoint is as it was. Lower --lr")
+        rows.append(dict(step=step, loss=mean, by_noise_level=(sums[0] / sums[1].clamp(min=1)).tolist(),
+                         lr=optimizer.param_groups[0]["lr"], images_per_s=count / (time.perf_counter() - clock)))
+        if rank == 0:
+            with common.writing(log) as f:
+                f.write("".join(f"{json.dumps(row)}\n" for row in rows).encode())
+            print(rows[-1]) if bar.disable else bar.set_postfix(loss=mean)
+        if saving:
+            common.save(f"{out}.partial", model, ema, optimizer, step, config)
+            preview()
+        sums, clock = torch.zeros_like(sums), time.perf_counter()
+if rank == 0:
+    Path(f"{out}.partial").replace(out)
+    print(f"wrote {out} and {log.name}; next: python -m beyond.sample --data {args.data} --checkpoint {out}")

@@ -1,0 +1,1 @@
+"""The pages of results, and figures.py, which draws every plot."""
