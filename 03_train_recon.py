@@ -89,7 +89,7 @@ for name, array in told.items():
     model.norm[name].fit(array, train)
 if args.init:
     found = model.load_state_dict(common.load(args.init)["ema"], strict=False)
-    if found.unexpected_keys or not all("cls" in name for name in found.missing_keys):
+    if found.unexpected_keys or {name.split(".")[0] for name in found.missing_keys} != {"norm", "cls_in", "cls_null"}:
         common.die(f"--init {args.init}: expected a checkpoint of the same network with --cond none, for --cond film")
     common.zero(model.cls_in)                                           # told nothing yet: it begins as what it was
     config["init"] = common.checksum(np.fromfile(args.init, np.uint8))
@@ -119,7 +119,8 @@ def preview():
 log = out.with_suffix(".jsonl")
 history = [row for row in map(json.loads, log.read_text().splitlines()) if row["step"] <= first] if first else []
 batches = torch.utils.data.DataLoader(range(first, args.steps), batch_size=None, collate_fn=batch_of,
-                                      num_workers=args.workers, pin_memory=device.type == "cuda")
+                                      num_workers=args.workers, pin_memory=device.type == "cuda",
+                                      multiprocessing_context="fork" if args.workers else None)
 bar = tqdm(batches, out.stem, args.steps, initial=first, unit="step", disable=True if rank else None)
 sums, clock = torch.zeros(2, 5, device=device), time.perf_counter()     # losses and their number, by noise level
 for step, batch in enumerate(bar, first + 1):                           # step counts from 1: this is batch_of(step - 1)

@@ -98,7 +98,7 @@ def guide(model, guidance, condition):
     def denoise(z, logsnr):
         if guidance == 0:
             return model(z, logsnr, **condition)
-        twice = {name: torch.cat([c, c]) for name, c in condition.items()}
+        twice = {name: torch.cat([c.float(), c.float()]) for name, c in condition.items()}
         drop = torch.arange(2 * len(z), device=z.device) >= len(z)
         v_cond, v_null = model(torch.cat([z, z]), torch.cat([logsnr, logsnr]), drop=drop, **twice).chunk(2)
         return (1 + guidance) * v_cond - guidance * v_null
@@ -473,8 +473,8 @@ def barrier():
 
 def start(device=None):
     """Pick the device, and join torchrun's process group if there is one. Returns (device, rank, world)."""
-    device = torch.device(device or torch.accelerator.current_accelerator() or "cpu")
     try:
+        device = torch.device(device or torch.accelerator.current_accelerator() or "cpu")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as e:                        # not in this build, or not in this machine
         die(f"--device {device}: {str(e).splitlines()[0]}")

@@ -150,9 +150,10 @@ def training(run):
 
 
 def idea(run):
-    """What the two papers do. Drawn for the digits: training page 3 and held-out page 3 show threes."""
+    """What the two papers do. Drawn for the digits, where training page k and condition k show the digit k."""
     images, pages, split, conditions = read(run, "images", "pages", "split", "samples/pairs_w1/conditions")
-    page = np.flatnonzero((pages == 3) & (split == 0))
+    k = len(conditions) // 2 - 1                                       # the four
+    page = np.flatnonzero((pages == k) & (split == 0))
     figure, axes = plt.subplots(figsize=(11, 5.2), layout="constrained")
     axes.set(xlim=(0, 11), ylim=(0.3, 5.4))
     axes.axis("off")
@@ -177,11 +178,11 @@ def idea(run):
         flow(y, title, images[page[0]], "frozen\nencoder", "U-ViT\ndenoises")
         picture(5.6, y, images[target])
         axes.text(6.55, y + 0.4, "then,\ngiven", va="center")
-        picture(7.25, y, images[conditions[3]])
+        picture(7.25, y, images[conditions[k]])
         axes.text(8.15, y + 0.4, verb, va="center")
         samples, = read(run, f"samples/{model}_w1/samples")
-        picture(9.2, y, samples[3, 1])
-        picture(10.1, y, samples[3, 2])
+        picture(9.2, y, samples[k, 1])
+        picture(10.1, y, samples[k, 2])
     noise = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
     title = "2SDM (07): sample the embedding first, then the image given it"
     flow(0.4, title, noise, "prior\ny ~ p(y)", "U-ViT\nx ~ p(x | y)")
