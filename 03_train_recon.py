@@ -10,7 +10,7 @@ Writes  DATA/recon.pt {model, ema, optimizer, step, config}; recon.pt.partial, t
 `diff 03_train_recon.py 04_train_pairs.py` is the idea of Semantica. With --cls and --cond-drop 0 this script trains the
 image models of 2SDM (see 07). A repeated command resumes, on a CPU to the same bits as if it had never stopped.
 
-    python 03_train_recon.py                                                       # digits at 16 px, one core: 7 min
+    python 03_train_recon.py                                                       # digits at 16 px, one core: 5 min
     python 03_train_recon.py --data runs/emoji64 --workers 4                       # 64 px on one GPU
     torchrun --nproc-per-node=8 03_train_recon.py --data runs/mine --accumulate 4  # eight GPUs
 """

@@ -10,7 +10,7 @@ Writes  DATA/pairs.pt {model, ema, optimizer, step, config}; pairs.pt.partial, t
 `diff 03_train_recon.py 04_train_pairs.py` is the idea of Semantica. "A random image of the episode" (its section 5) is
 read as: a page at random, then one of its pairs at random. A repeated command resumes, as in 03.
 
-    python 04_train_pairs.py                                                       # digits at 16 px, one core: 7 min
+    python 04_train_pairs.py                                                       # digits at 16 px, one core: 5 min
     python 04_train_pairs.py --data runs/emoji64 --workers 4                       # 64 px on one GPU
     torchrun --nproc-per-node=8 04_train_pairs.py --data runs/mine --accumulate 4  # eight GPUs
 """

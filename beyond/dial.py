@@ -10,7 +10,7 @@ is embedded like the noise level and appended to the global embedding, so the ne
 the global embedding and the tokens. The null condition has no similarity. On its own the similarity is dropped at the
 same rate, so that the network also samples without one. [S] names such a condition as future work (appendix C).
 
-    python -m beyond.dial                                       # digits at 16 px, one core: 7 min
+    python -m beyond.dial                                       # digits at 16 px, one core: 5 min
     python -m beyond.sample --checkpoint runs/digits16/dial.pt --similarity 1 0.9 0.8 0.7 0.6 0.5 --variations 6
 """
 import copy
