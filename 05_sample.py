@@ -18,7 +18,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 import common
@@ -64,13 +63,17 @@ def main():
     path = args.checkpoint or args.data / "pairs.pt"
     model, config, step = load_model(path, device)
 
-    w = args.guidance if args.guidance is not None else float(config["cond_drop"] > 0 and not args.y)
-    if w != 0 and (config["cond_drop"] == 0 or config["cond"] == "none"):
+    drops = config["cond_drop"] > 0 and config["cond"] != "none"
+    w = args.guidance if args.guidance is not None else float(drops and not args.y)
+    if w != 0 and not drops:
         common.die(f"{path} was trained without a null condition, so it samples at --guidance 0 only")
     if config["encoder"] != common.load(args.data / "data.json")["encoder"]:
         common.die(f"{path} was trained with the encoder {config['encoder']}; run 01_embed.py with it on {args.data}")
     if args.y:
         told, conditions = {"cls": common.load(args.y, "07_twostage.py")}, np.arange(len(common.load(args.y)))
+        made = args.y.with_suffix(".json")
+        if made.exists() and common.load(made)["encoder"] != config["encoder"]:
+            common.die(f"{args.y} is of another encoder than {path}")
         if config["cond"] in ("tokens", "both"):
             common.die(f"{path} reads local tokens, which --y does not have; train one with --cond film or none")
     elif config["cls"] and not args.cls:
@@ -85,6 +88,8 @@ def main():
         common.die(f"{path} was trained with arrays of shape {config['network']['told']}, not {shapes}")
     k = args.variations or (1 if args.y else 10)
     out = args.out or args.data / "samples" / f"{path.stem}_w{w:g}"
+    if (out / "images.npy").exists():
+        common.die(f"--out {out} is a folder of 01_embed.py; give another")
     how = {name: getattr(args, name) for name in ("sample_steps", "time_power", "amp")}
 
     jobs = np.stack(np.divmod(np.arange(len(conditions) * k), k), 1)                     # [n k, 2]: condition, sample
@@ -99,8 +104,9 @@ def main():
             samples[i, j] = common.sample_images(model, condition, streams, w, config | how, args.interpolation)
             seconds.append((time.perf_counter() - clock) / len(i))
         if rank == 0:                                                   # samples.npy comes last
-            for stale in ("samples.npy", "cls.npy", "data.json", "conditions.npy"):
-                (out / stale).unlink(missing_ok=True)
+            judged = [f for f in out.glob("*/cls.npy") if not (f.parent / "samples.npy").exists()]
+            for stale in judged + [out / name for name in ("samples.npy", "cls.npy", "data.json", "conditions.npy")]:
+                stale.unlink(missing_ok=True)
             if not args.y:
                 with common.writing(out / "conditions.npy") as f:
                     np.save(f, conditions)

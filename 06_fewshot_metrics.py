@@ -237,10 +237,10 @@ def main():
     rows = [row | dict(encoder=encoder(judge)) for row in rows]
     lines = table(rows)
     lines.append(f"fid, kid: features of {encoder(judge)['name']}, d = {cls.shape[1]}; precision and recall: k = {K}")
-    with common.writing(out / "metrics.json") as f:
-        f.write(json.dumps(rows, indent=1).encode())
     with common.writing(out / "metrics.txt") as f:
         f.write("\n".join([*lines, ""]).encode())
+    with common.writing(out / "metrics.json") as f:
+        f.write(json.dumps(rows, indent=1).encode())
     print("\n".join(lines))
     print(f"wrote {out}/metrics.json and metrics.txt")
 

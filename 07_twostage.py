@@ -153,7 +153,7 @@ def train_prior(out, args, network, encoder, sets, arrays, device, rank, world):
                 log[name] = prior_loss(ema, ema.norm, *batch).mean().item()
             common.save(f"{out}.partial", model, ema, optimizer, step + 1, config)
             if rank == 0:
-                with open(out.with_suffix(".jsonl"), "w" if step < args.save_every else "a") as f:
+                with open(out.with_suffix(".jsonl"), "w" if first == 0 and step < args.save_every else "a") as f:
                     print(json.dumps(log), file=f)
                 print(json.dumps(log))
     if rank == 0:

@@ -22,7 +22,7 @@ HOW      ?= $(HOW_$(PRESET))
 SETS     := $(foreach w,$(GUIDANCE),recon_w$(w) pairs_w$(w))
 TRAIN     = --data $(RUN) --seed $(SEED)
 # what was trained on an older input is deleted; what was interrupted is resumed
-fresh     = @find $@ $@.partial ! -newer $< -delete 2>/dev/null || true
+fresh     = @find $@ $@.partial ! -newer $< -exec rm {} + 2>/dev/null || true
 
 .PHONY: demo twostage sweep test clean
 .DELETE_ON_ERROR:
@@ -67,10 +67,10 @@ $(RUN)/samples/pairs_w$(1)/samples.npy: $(RUN)/pairs.pt $(RUN)/samples/recon_w$(
 endef
 $(foreach w,$(GUIDANCE),$(eval $(call SAMPLE,$(w))))
 
-$(RUN)/%/cls.npy: $(RUN)/%/samples.npy
+$(RUN)/%/data.json: $(RUN)/%/samples.npy
 	$(SHARE) 01_embed.py --data $(RUN) --images $< --out $(@D) --cls-only
 
-$(RUN)/metrics.json: $(foreach s,$(SETS),$(RUN)/samples/$(s)/cls.npy)
+$(RUN)/metrics.json: $(foreach s,$(SETS),$(RUN)/samples/$(s)/data.json)
 	$(PY) 06_fewshot_metrics.py --data $(RUN) --samples $(^D)
 
 $(RUN)/figures/done: $(RUN)/metrics.json
@@ -103,10 +103,10 @@ $(RUN)/prior.pt: $(RUN)/data.json
 	$(fresh)
 	$(SHARE) 07_twostage.py prior $(TRAIN)
 
-$(TWO)/y_grid.npy: $(RUN)/prior.pt $(RUN)/kmeans16.npy
+$(TWO)/2sdm/y.json: $(RUN)/prior.pt $(RUN)/kmeans16.npy
 	$(SHARE) 07_twostage.py y $(TRAIN)
 
-$(TWO)/unconditional/y.npy $(TWO)/kmeans16/y.npy $(TWO)/oracle/y.npy $(TWO)/2sdm/y.npy: $(TWO)/y_grid.npy
+$(TWO)/unconditional/y.npy $(TWO)/kmeans16/y.npy $(TWO)/oracle/y.npy $(TWO)/2sdm/y.npy: $(TWO)/2sdm/y.json ;
 
 $(TWO)/unconditional/samples.npy: $(TWO)/unconditional/y.npy $(RUN)/none.pt
 	$(ROW) --checkpoint $(RUN)/none.pt
@@ -124,27 +124,28 @@ $(TWO)/2sdm/samples.npy: $(TWO)/2sdm/y.npy $(RUN)/film.pt
 $(TWO)/2sdm_fewer_steps/samples.npy: $(TWO)/2sdm/y.npy $(RUN)/film.pt
 	$(ROW) --checkpoint $(RUN)/film.pt --sample-steps $(if $(filter %64,$(PRESET)),51,20)
 
-$(TWO)/metrics.json: $(foreach r,$(ROWS),$(TWO)/$(r)/cls.npy)
+$(TWO)/metrics.json: $(foreach r,$(ROWS),$(TWO)/$(r)/data.json)
 	$(PY) 06_fewshot_metrics.py --data $(RUN) --samples $(^D) --out $(TWO)
 
-twostage: $(TWO)/metrics.json
+twostage: $(TWO)/metrics.json | $(RUN)/figures/done
 	$(PY) -m docs.figures $(RUN)
 	@cat $(TWO)/metrics.txt
 	@echo "pictures: $(RUN)/figures/"
 
 # image models that are told more and more of the embedding, at two budgets
 TOLD      := none pca1 pca4 pca16 pca64 film kmeans4 kmeans16 kmeans64 kmeans256
+TO_TELL   := $(filter-out none film kmeans16,$(TOLD))
 BUDGETS   ?= 500 1000
 SWEEP     := $(foreach b,$(BUDGETS),$(foreach t,$(TOLD),$(t)_$(b)))
 
-sweep: $(TWO)/y_grid.npy
-	$(PY) 07_twostage.py told $(TRAIN) --told $(filter pca% kmeans%,$(TOLD))
-	$(PY) 07_twostage.py y $(TRAIN) --rows $(filter pca% kmeans%,$(TOLD))
+sweep: $(TWO)/2sdm/y.json
+	$(PY) 07_twostage.py told $(TRAIN) --told $(TO_TELL)
+	$(PY) 07_twostage.py y $(TRAIN) --rows $(TO_TELL)
 	for b in $(BUDGETS); do for t in $(TOLD); do \
 		how="--cond film"; y=$$t; \
 		case $$t in none) how="--cond none"; y=unconditional;; film) y=oracle;; *) how="--cond film --cls $(RUN)/$$t.npy";; esac; \
 		out=$(TWO)/sweep/$${t}_$$b; \
-		test -e $$out.pt || $(PY) 03_train_recon.py $(TRAIN) --cond-drop 0 --steps $$b $$how --out $$out.pt || exit 2; \
+		$(PY) 03_train_recon.py $(TRAIN) --cond-drop 0 --steps $$b $$how --out $$out.pt || exit 2; \
 		$(PY) 05_sample.py $(TRAIN) --checkpoint $$out.pt --y $(TWO)/$$y/y.npy --out $$out || exit 2; \
 		$(PY) 01_embed.py --data $(RUN) --images $$out/samples.npy --out $$out --cls-only || exit 2; \
 	done; done

@@ -474,7 +474,7 @@ def barrier():
 def start(device=None):
     """Pick the device, and join torchrun's process group if there is one. Returns (device, rank, world)."""
     try:
-        device = torch.device(device or torch.accelerator.current_accelerator() or "cpu")
+        device = torch.device(device or torch.accelerator.current_accelerator(True) or "cpu")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as e:                        # not in this build, or not in this machine
         die(f"--device {device}: {str(e).splitlines()[0]}")
@@ -537,7 +537,7 @@ def resume(out, model, ema, optimizer, config):
     if not found.exists():
         return 0
     state = load(found)
-    other = [key for key in config if config[key] != state["config"].get(key)]
+    other = [key for key in {**state["config"], **config} if config.get(key) != state["config"].get(key)]
     if other:
         die(f"{found} was trained with other {', '.join(other)}; give another --out or move it away")
     if found == out:

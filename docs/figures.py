@@ -307,12 +307,12 @@ FIGURES = {                                                            # the fun
     "filter": (filter_pairs, ["cls.npy", "pages.npy", "split.npy", "names.npy", "sims.npy"]),
     "precision_recall": (precision_recall, ["metrics.json"]),
     "training": (training, ["recon.jsonl", "pairs.jsonl"]),
-    "idea": (idea, ["images.npy", "samples/recon_w1/samples.npy", "samples/pairs_w1/samples.npy"]),
     "rows": (table_rows, [f"twostage/{row}/samples.npy" for row in COMPARED]),
     "neighbours": (neighbours, ["images.npy", "cls.npy", "twostage/2sdm/cls.npy"]),
     "distances": (distances, ["images.npy", "cls.npy", *(f"twostage/{row}/cls.npy" for row in COMPARED)]),
     "sweep": (sweep, ["twostage/sweep/metrics.json"]),
     "interpolation": (interpolation, ["film.pt", "twostage/y_grid.npy"]),
+    "idea": (idea, ["images.npy", "samples/recon_w1/samples.npy", "samples/pairs_w1/samples.npy"]),
 }
 
 
