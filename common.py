@@ -43,17 +43,16 @@ SMALL = dict(patch=1, transformers=1, cond="both", cond_drop=0.1, loss="v", nois
 # loss in epsilon, noise_size, DDPM with interpolation 0.2, 300,000 steps of the ablations.
 # Named there but unreadable in our copy, so from [SD]: lr, warmup, Adam's betas and epsilon (in 03), ema, size, patch.
 # Our choice: three blocks in the stage of 512 channels, cond_drop, sample_steps, no dropout, as many steps at 256 px.
-PAPER = dict(patch=1, transformers=2, cond="tokens", cond_drop=0.1, loss="eps", noise_size=32, batch=2048, lr=1e-4,
-             warmup=10_000, decay="constant", ema=0.9999, amp="auto", sample_steps=128, time_power=1.0, encoder_px=224)
+PAPER = dict(transformers=2, cond="tokens", cond_drop=0.1, loss="eps", noise_size=32, batch=2048, lr=1e-4, ema=0.9999,
+             warmup=10_000, decay="constant", steps=300_000, amp="auto", sample_steps=128, time_power=1, encoder_px=224)
 
 PRESETS = {
     "digits16": SMALL | dict(size=16, channels=(32, 64, 192), blocks=(1, 1, 4), steps=1600, encoder_px=128),
     "emoji16": SMALL | dict(size=16, channels=(32, 64, 192), blocks=(1, 1, 4), steps=4000),
     "emoji64": SMALL | dict(size=64, channels=(64, 128, 256, 512), blocks=(2, 2, 2, 8), steps=20_000, noise_size=32,
                             batch=256, lr=5e-4, amp="auto", sample_steps=64),
-    "semantica64": PAPER | dict(size=64, channels=(128, 128, 256, 512, 1024), blocks=(3, 3, 3, 3, 16), steps=300_000),
-    "semantica256": PAPER | dict(size=256, channels=(128, 256, 1024, 2048, 4096), blocks=(2, 3, 3, 3, 12),
-                                 steps=300_000, patch=2),
+    "semantica64": PAPER | dict(size=64, patch=1, channels=(128, 128, 256, 512, 1024), blocks=(3, 3, 3, 3, 16)),
+    "semantica256": PAPER | dict(size=256, patch=2, channels=(128, 256, 1024, 2048, 4096), blocks=(2, 3, 3, 3, 12)),
 }
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -541,7 +540,8 @@ def resume(out, model, ema, optimizer, config):
     if other:
         die(f"{found} was trained with other {', '.join(other)}; give another --out or move it away")
     if found == out:
-        sys.exit(print(f"{out} is there already, {state['step']} steps"))
+        print(f"{out} is there already, {state['step']} steps")
+        sys.exit()
     sharding.set_model_state_dict(model, state["model"], options=WHOLE)
     sharding.set_model_state_dict(ema, state["ema"], options=WHOLE)
     sharding.set_optimizer_state_dict(model, optimizer, state["optimizer"], options=WHOLE)

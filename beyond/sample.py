@@ -47,7 +47,7 @@ def guide(model, guidance, condition, interval=None, damped=False, anneal=None):
         outside = interval is not None and not interval[0] <= logsnr[0] < interval[1]
         if guidance == 0 or outside:
             return model(z, logsnr, **now)
-        twice = {name: torch.cat([c, c]) for name, c in now.items()}
+        twice = {name: torch.cat([c.float(), c.float()]) for name, c in now.items()}
         drop = torch.arange(2 * len(z), device=z.device) >= len(z)
         v_cond, v_null = model(torch.cat([z, z]), torch.cat([logsnr, logsnr]), drop=drop, **twice).chunk(2)
         if damped:

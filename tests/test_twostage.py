@@ -120,9 +120,9 @@ def test_principal_components_against_eigenvectors():
 
 def test_resume_equals_the_uninterrupted_run(tiny_data):
     flags = ("--steps", 6, "--save-every", 3)
-    script = tiny_data / "crash.py"                                                      # ends in the middle of a run
-    script.write_text("import sys\nfrom conftest import module\nt = module('07_twostage.py')\nbatch_of = t.batch_of\n"
-                      "t.batch_of = lambda *a: sys.exit(9) if a[1] == 4 else batch_of(*a)\nt.main()\n")
+    script = tiny_data / "crash.py"                                     # kill -9 in the middle of a run
+    script.write_text("import os\nfrom conftest import module\nt = module('07_twostage.py')\nbatch_of = t.batch_of\n"
+                      "t.batch_of = lambda *a: os.kill(os.getpid(), 9) if a[1] == 4 else batch_of(*a)\nt.main()\n")
     run(str(script), "prior", "--data", tiny_data, *SMALL, *flags, PYTHONPATH=f"{ROOT}:{ROOT}/tests")
     assert common.load(tiny_data / "prior.pt.partial")["step"] == 3 and not (tiny_data / "prior.pt").exists()
     step(tiny_data, "prior", *flags)
