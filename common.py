@@ -176,7 +176,10 @@ def zero(layer):
 
 
 class Standardise(nn.Module):
-    """(x - mean) / std of each feature over the training set: fitted before training, kept in the checkpoint."""
+    """(x - mean) / std of each feature over the training set, at most +-10: fitted once, kept in the checkpoint.
+
+    Without the limit, one feature that hardly varies in training can be at 100 for a new image, and ruin its samples.
+    """
 
     def __init__(self, dim):
         super().__init__()
@@ -191,7 +194,7 @@ class Standardise(nn.Module):
         self.std.copy_(torch.where(x.std(0) > 0, x.std(0) + 1e-3, 1))
 
     def forward(self, x):
-        return (x.float() - self.mean) / self.std
+        return ((x.float() - self.mean) / self.std).clamp(-10, 10)
 
 
 def group_norm(dim):

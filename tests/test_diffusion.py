@@ -222,6 +222,7 @@ def test_standardise():
     y = layer(torch.from_numpy(x[:500]))
     assert y.mean(0).abs().max() < 1e-4 and (y.std(0)[:3] - 1).abs().max() < 2e-3
     assert layer.std[3] == 1                                            # a constant column keeps its scale
+    assert layer(torch.tensor([[1e3, -1e3, 2, 0]])).tolist()[0][:2] == [10, -10]         # an odd image stays in range
 
 
 def test_outputs_are_float32_under_autocast():

@@ -1,11 +1,7 @@
 """01_embed.py: sources, pages, held-out images, files, processes; EfficientNet-Lite0; the folders of examples/."""
 import json
 import os
-import signal
 import struct
-import subprocess
-import sys
-import time
 import zlib
 
 import numpy as np
@@ -210,27 +206,6 @@ def test_source_shows_the_encoder_more_than_the_stored_image(tmp_path):
     done("01_embed.py", "--images", tmp_path / "x.npy", *more, "--out", tmp_path / "samples")
     assert meta(tmp_path / "again")["encoder"] == meta(tmp_path / "source")["encoder"]
     assert meta(tmp_path / "samples")["encoder"]["embed"] == "stored"
-
-
-def test_killed_and_repeated(tmp_path):
-    """Killed while it embeds: no data.json, so unfinished. The same command again ends with the bits of an undisturbed run."""
-    for i in range(200):
-        page = tmp_path / "photos" / str(i % 4)
-        page.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.random.default_rng(i).integers(0, 256, (20, 20, 3), np.uint8)).save(page / f"{i}.png")
-    flags = ("--images", tmp_path / "photos", *SMALL, "--out")
-    done("01_embed.py", *flags, tmp_path / "whole")
-    out = tmp_path / "killed"
-    command = [sys.executable, "01_embed.py", *map(str, flags), str(out)]
-    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | dict(OMP_NUM_THREADS="1"), stderr=subprocess.DEVNULL)
-    while process.poll() is None and not (out / "tokens.npy.tmp").exists():
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL and not (out / "data.json").exists()
-    done("01_embed.py", *flags, out)
-    assert sorted(f.name for f in out.iterdir()) == sorted(f.name for f in (tmp_path / "whole").iterdir())
-    for file in out.iterdir():
-        assert file.read_bytes() == (tmp_path / "whole" / file.name).read_bytes(), file.name
 
 
 def test_errors_are_one_line_and_exit_code_2(tmp_path):

@@ -144,31 +144,6 @@ def test_command_line_drops_strangers_and_near_duplicates(tmp_path):
         assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
 
 
-DIES = """import os, runpy, sys
-names = iter(range(int(sys.argv.pop(1))))
-rename = os.replace
-os.replace = lambda a, b: rename(a, b) if next(names, None) is not None else os._exit(9)
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
-@pytest.mark.parametrize("renames", [0, 1])
-def test_killed_before_a_rename_and_repeated(tmp_path, renames):
-    """Each file is the old or the new one, whole; the repeated command ends with the bits of one that never stopped."""
-    folder, whole = write_folder(tmp_path / "a", *planted()), write_folder(tmp_path / "b", *planted())
-    done(SCRIPT, "--data", folder, "--low", 0, "--high", 0.9)
-    done(SCRIPT, "--data", whole, "--low", 0.5, "--high", 0.99)
-    names = ("pairs.npy", "sims.npy")
-    old, new = ([(f / name).read_bytes() for name in names] for f in (folder, whole))
-    flags = (SCRIPT, "--data", folder, "--low", 0.5, "--high", 0.99)
-    assert run("-c", DIES, renames, *flags).returncode == 9
-    now = [(folder / name).read_bytes() for name in names]
-    assert all(a in (b, c) for a, b, c in zip(now, old, new)) and now != new and old != new
-    done(*flags)
-    assert [(folder / name).read_bytes() for name in names] == new and not list(folder.glob("*.tmp"))
-
-
 @pytest.mark.parametrize("flags, words", [
     (["--low", 0.9999, "--high", 0.99999], "none of"), (["--exclude", "gone.npy"], "missing")])
 def test_errors_are_one_line(tmp_path, flags, words):

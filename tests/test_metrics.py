@@ -1,5 +1,6 @@
 """06_fewshot_metrics.py: FID, KID, precision, recall against independent formulas, the references, the command line."""
 import json
+import re
 import shutil
 
 import numpy as np
@@ -263,3 +264,23 @@ def test_errors_are_one_line(folder, flaw, words):
     result = run(SCRIPT, "--data", folder, "--device", "cpu")
     assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
     assert words in result.stderr and not (folder / "metrics.json").exists()
+
+
+def test_a_judge_of_digits(tiny_data):
+    """Copies of real digits are read as those are; samples that are all alike have no spread."""
+    split = (np.arange(20) % 5 > 2).astype(np.uint8)
+    np.save(tiny_data / "split.npy", split)
+    np.save(tiny_data / "names.npy", np.array([f"digit{i // 5}-{i}.png" for i in range(20)]))
+    images, conditions = np.load(tiny_data / "images.npy", allow_pickle=False), np.flatnonzero(split)
+    for name, samples in (("copies", images[conditions[:, None]].repeat(3, 1)),
+                          ("pages", images[conditions.reshape(4, 2).repeat(2, 0)])):
+        folder = tiny_data / "samples" / name
+        folder.mkdir(parents=True)
+        np.save(folder / "samples.npy", samples)
+        np.save(folder / "conditions.npy", conditions)
+    said = done("-m examples.digits_judge", "--data", tiny_data)
+    real = float(re.search(r"reads ([\d.]+)%", said)[1])
+    copies, pages = json.loads((tiny_data / "judge" / "read.json").read_text()).values()
+    assert abs(100 * copies["read"] - real) < 0.1 and abs(100 * pages["read"] - real) < 0.1
+    assert copies["spread"] < 1e-6 and abs(pages["spread"] - 1) < 1e-5
+    assert np.load(folder / "judge" / "cls.npy", allow_pickle=False).shape == (16, 64)

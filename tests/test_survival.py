@@ -2,6 +2,7 @@
 import json
 import shutil
 import signal
+from pathlib import Path
 
 import common
 import numpy as np
@@ -10,8 +11,11 @@ from conftest import run
 from small import checkpoint, here, same
 
 TRAIN = "--data DATA --batch 4 --steps 4 --save-every 2"
+IMAGES = "--images DATA/images.npy --encoder efficientnet_lite0 --encoder-px 32"
 SAMPLES = "DATA/samples/both_w1/samples.npy"
 COMMANDS = [                                                            # command, file at which it is killed, last file
+    (f"01_embed.py {IMAGES} --out DATA/new", 2, "DATA/new/data.json"),  # some arrays have their names
+    ("02_filter_pairs.py --data DATA --low -1 --high 1", 1, "DATA/pairs.npy"),           # both files written
     (f"03_train_recon.py {TRAIN}", 2, "DATA/recon.pt"),                 # log written, checkpoint not
     (f"04_train_pairs.py {TRAIN}", 5, "DATA/pairs.pt"),                 # the second time
     (f"04_train_pairs.py {TRAIN}", 7, "DATA/pairs.pt"),                 # all but the final name
@@ -51,6 +55,7 @@ def folder(tiny_data):
 
 @pytest.mark.parametrize("command, number, last", COMMANDS)
 def test_killed_and_repeated(folder, tmp_path, command, number, last):
+    (folder / Path(last).name).unlink(missing_ok=True)                  # 04's input is 02's result
     before, untouched = finished(folder), shutil.copytree(folder, tmp_path / "untouched")
     script, *flags = command.replace("DATA", str(folder)).split()
     here(script, *flags)
