@@ -1,9 +1,10 @@
 """05: which images are the conditions, and that image (i, j) depends on (seed, i, j) and its own condition only."""
 import json
 
+import common
 import numpy as np
 import pytest
-from conftest import done, module
+from conftest import ROOT, done, module
 from PIL import Image
 from small import checkpoint, here
 
@@ -92,3 +93,13 @@ def test_rows_of_different_y_share_their_noise(tiny_data, models):
     a, b = (sample(tiny_data, models["film"], name, "--y", tiny_data / f"{name}.npy") for name in "ab")
     assert np.abs(a[0] - b[0]).max() <= 1                               # the same row in the same place
     assert (a[2] != b[1]).any()                                         # the same row in another place
+
+
+@pytest.mark.parametrize("name", ["recon", "pairs"])
+def test_checkpoints_in_the_repository_read_and_draw(name):
+    checkpoint = common.load(ROOT / "pretrained" / f"{name}.pt")
+    model = common.UViT(**checkpoint["config"]["network"])
+    model.load_state_dict(checkpoint["ema"])
+    condition = dict(cls=model.norm["cls"].mean[None], tokens=model.norm["tokens"].mean.expand(1, 16, 320))
+    x = common.sample_images(model, condition, [common.generator("cpu", 0, 0, 0, 1)], 1, checkpoint["config"])
+    assert x.shape == (1, 16, 16, 3) and x.max() > 150 and np.median(x) < 30             # strokes on black
