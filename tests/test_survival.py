@@ -15,7 +15,7 @@ IMAGES = "--images DATA/images.npy --encoder efficientnet_lite0 --encoder-px 32"
 SAMPLES = "DATA/samples/both_w1/samples.npy"
 COMMANDS = [                                                            # command, file at which it is killed, last file
     (f"01_embed.py {IMAGES} --out DATA/new", 2, "DATA/new/data.json"),  # some arrays have their names
-    ("02_filter_pairs.py --data DATA --low -1 --high 1", 1, "DATA/pairs.npy"),           # both files written
+    ("02_filter_pairs.py --data DATA --low -1 --high 1", 2, "DATA/pairs.npy"),           # sims.npy has its name
     (f"03_train_recon.py {TRAIN}", 2, "DATA/recon.pt"),                 # log written, checkpoint not
     (f"04_train_pairs.py {TRAIN}", 5, "DATA/pairs.pt"),                 # the second time
     (f"04_train_pairs.py {TRAIN}", 7, "DATA/pairs.pt"),                 # all but the final name
@@ -43,6 +43,7 @@ def folder(tiny_data):
     """Data, a checkpoint to sample, and a folder of samples to score."""
     checkpoint(tiny_data / "both.pt", "both")
     np.save(tiny_data / "split.npy", np.zeros(20, np.uint8))            # so that 06 has enough references
+    (tiny_data / "sims.npy").unlink()                                   # 02 is to write it
     samples, rng = tiny_data / "samples" / "old", np.random.default_rng(0)
     samples.mkdir(parents=True)
     shutil.copy(tiny_data / "data.json", samples)
