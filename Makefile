@@ -6,6 +6,11 @@
 PRESET   ?= digits16
 SEED     ?= 0
 GUIDANCE ?= 1 0 2
+# make full: 384,000 images in small steps, in place of the demo's 51,200, in a folder of their own
+ifneq ($(filter full,$(MAKECMDGOALS)),)
+RUN      ?= runs/full$(if $(filter-out 0,$(SEED)),_seed$(SEED))
+RECIPE   := --batch 16 --lr 1e-3 --steps 24000 --save-every 1000
+endif
 RUN      ?= runs/$(PRESET)$(if $(filter-out 0,$(SEED)),_seed$(SEED))
 VENV     ?= .venv
 PYTHON   ?= python3
@@ -22,7 +27,6 @@ HOW_digits16 := --sample-steps 12 --time-power 2 --interpolation 0 --variations 
 HOW      ?= $(HOW_$(PRESET))
 SETS     := $(foreach w,$(GUIDANCE),recon_w$(w) pairs_w$(w))
 TRAIN     = --data $(RUN) --seed $(SEED)
-RECIPE   ?=
 # what was trained on an older input is deleted; what was interrupted is resumed
 fresh     = @find $@ $@.partial ! -newer $< -exec rm {} + 2>/dev/null || true
 
@@ -34,12 +38,9 @@ demo: $(RUN)/figures/done
 	@cat $(RUN)/metrics.txt
 	@echo "pictures: $(RUN)/samples/pairs_w*/sheet.png (condition | reconstruction | pairs), $(RUN)/figures/"
 
-# 384,000 images in small steps, in place of the demo's 51,200
-FULL      = runs/full$(if $(filter-out 0,$(SEED)),_seed$(SEED))
-full:
-	$(MAKE) demo RUN=$(FULL) RECIPE="--batch 16 --lr 1e-3 --steps 24000 --save-every 1000"
-	$(PY) -m examples.digits_judge --data $(FULL)
-	$(PY) 06_fewshot_metrics.py --data $(FULL) --judge judge --out $(FULL)/judge
+full: demo
+	$(PY) -m examples.digits_judge --data $(RUN)
+	$(PY) 06_fewshot_metrics.py --data $(RUN) --judge judge --out $(RUN)/judge
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
