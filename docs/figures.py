@@ -5,9 +5,11 @@ Writes  RUN/figures/NAME.png, a file for each name of FIGURES
 
 filter also prints how well the filter of 02 drops what examples/digits.py planted. sweep reads models named as in
 pca16_1000: 07's array pca16, trained for 1,000 steps (kmeans16_1000, film_1000: the embedding itself, none_1000).
+gain prints its curves as a table too; it also reads what is still training (recon.pt.partial).
 
-    python -m docs.figures runs/digits16                            # all, 15 s
+    python -m docs.figures runs/digits16                            # all, one minute
     python -m docs.figures runs/digits16 --only idea --out docs     # the picture in the README
+    make figures                                                    # those of a lecture (docs/course.md)
 """
 import argparse
 import json
@@ -18,6 +20,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.ticker import LogLocator
+from PIL import Image
 
 import common
 
@@ -51,6 +54,25 @@ def draw_images(axes, rows, names=()):
     axes.set(xticks=[], yticks=(np.arange(len(names)) + 0.5) * (size + 2), yticklabels=names)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
+
+
+def load_network(path, device):
+    """The network of a checkpoint of 03 or 04, with its averaged weights, and its config."""
+    checkpoint = common.load(path, "03_train_recon.py or 04_train_pairs.py")
+    model = common.UViT(**checkpoint["config"]["network"])
+    model.load_state_dict(checkpoint["ema"])
+    return model.to(device).eval(), checkpoint["config"]
+
+
+def times(config, device):
+    """The log-SNRs [steps + 1] of the sampler, as in common.sample_images."""
+    u = torch.linspace(1, 0, config["sample_steps"] + 1, device=device)
+    return common.logsnr_schedule(u ** config["time_power"], config["size"], config["noise_size"])
+
+
+def pictures(x):
+    """Images [B, 3, S, S] in [-1, 1], or beyond it -> [B, S, S, 3] uint8."""
+    return ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -283,23 +305,250 @@ def interpolation(run):
     """Down, the embedding moves and the content changes; across, the image's noise moves and details change."""
     device, _, _ = common.start()
     y = torch.from_numpy(np.array(common.load(run / "twostage/y_grid.npy"))).to(device)  # [8, D]: 07 interpolated it
-    checkpoint = common.load(run / "film.pt")
-    config, side = checkpoint["config"], len(y)
-    model = common.UViT(**config["network"]).to(device).eval()
-    model.load_state_dict(checkpoint["ema"])
+    (model, config), side = load_network(run / "film.pt", device), len(y)
     ends = [common.generator(device, 0, end, 0, 5) for end in (0, 1)]
 
     def noise():                                                       # the noise of every step, not of the first only
         a, b = common.randn(ends, (3, config["size"], config["size"]))
         return slerp(a, b, torch.linspace(0, 1, side, device=device)).repeat(side, 1, 1, 1)   # [8 * 8, 3, S, S]
 
-    u = torch.linspace(1, 0, config["sample_steps"] + 1, device=device)              # as in common.sample_images
-    logsnrs = common.logsnr_schedule(u ** config["time_power"], config["size"], config["noise_size"])
-    x = common.ddpm(common.guide(model, 0, {"cls": y.repeat_interleave(side, 0)}), noise, logsnrs)
-    x = ((x + 1) * 127.5).round().byte().permute(0, 2, 3, 1).unflatten(0, (side, side)).cpu().numpy()
+    x = common.ddpm(common.guide(model, 0, {"cls": y.repeat_interleave(side, 0)}), noise, times(config, device))
     figure, axes = plt.subplots(figsize=(6, 6), layout="constrained")
-    draw_images(axes, list(x))
+    draw_images(axes, np.split(pictures(x), side))
     axes.set(xlabel="the image's noise, from one to another \u2192", ylabel="\u2190 the embedding, from one to another")
+    return figure
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# For a lecture: what to see in each is the first line of its docstring
+
+
+def schedule(run):
+    """The same image at 4 times the resolution needs 16 times the noise: the curve of 64 px is the one of 16 px, lower."""
+    t = torch.linspace(0.001, 0.999, 500)
+    figure, axes = plt.subplots(figsize=(8, 5.5), layout="constrained")
+    for size, style in ((32, "k-"), (64, "C0-"), (256, "C1-")):
+        label = f"{size} px, " + ("not shifted" if size == 32 else f"shifted by 2 log(32 / {size})")
+        axes.plot(t, common.logsnr_schedule(t, size, 32), style, label=label)
+    axes.axhline(0, color="0.8", zorder=0)
+    axes.text(0.01, 0.3, "as much noise as image", color="0.5")
+    axes.set(xlabel="time t", ylabel="log-SNR", xlim=(0, 1))
+    axes.legend(title="cosine schedule, noise_size 32")
+    return figure
+
+
+def noised(run):
+    """At 64 px the plain schedule leaves the digit visible for too long; the shifted one hides it as early as at 16 px."""
+    images, split = read(run, "images", "split")
+    digit = images[np.flatnonzero(split == split.max())[0]]
+    t = torch.linspace(0, 1, 11)
+    rows = []
+    for size, shown_as in ((16, 16), (64, 64), (64, 16)):              # size of the image, noise_size of the schedule
+        x = np.array(Image.fromarray(digit).resize((size, size), Image.BICUBIC))
+        x = torch.from_numpy(x).permute(2, 0, 1) / 127.5 - 1
+        alpha, sigma = common.alpha_sigma(common.logsnr_schedule(t, size, shown_as))
+        eps = torch.randn(x.shape, generator=common.generator("cpu", 0, size, 0, 5))
+        large = pictures((alpha * x + sigma * eps) / (alpha + sigma))
+        rows.append([np.array(Image.fromarray(i).resize((64, 64), Image.NEAREST)) for i in large])
+    figure, axes = plt.subplots(figsize=(13, 4), layout="constrained")
+    draw_images(axes, rows, ["16 px", "64 px, plain", "64 px, shifted"])
+    axes.set_xticks((np.arange(len(t)) + 0.5) * 66, [f"t = {i:.1f}" for i in t])
+    return figure
+
+
+def told_of(run, config, rows, device):
+    """What a network with this config is told of the images `rows` of a run."""
+    return common.take(common.condition_arrays(run, config["cond"]), rows, device)
+
+
+@torch.no_grad()
+def denoising(run):
+    """The first steps decide which digit it is, the last ones draw its edges."""
+    device, _, _ = common.start()
+    images, conditions = read(run, "images", "samples/pairs_w1/conditions")
+    figure, axes = plt.subplots(figsize=(14, 5), layout="constrained")
+    sheet, names, chosen = [], [], conditions[len(conditions) // 2 - 1]
+    for name in ("recon", "pairs"):
+        model, config = load_network(run / f"{name}.pt", device)
+        logsnrs, seen = times(config | dict(sample_steps=12, time_power=2), device), []
+        guided = common.guide(model, 1, told_of(run, config, [chosen] * 2, device))
+
+        def denoise(z, logsnr):
+            v = guided(z, logsnr)
+            alpha, sigma = common.alpha_sigma(logsnr)
+            seen.append(pictures(alpha * z - sigma * v))               # x_hat, [2, S, S, 3]
+            return v
+        noise = [common.generator(device, 0, i, 0, 5) for i in range(2)]
+        common.ddpm(denoise, lambda: common.randn(noise, (3, config["size"], config["size"])), logsnrs, 0)
+        for i in range(2):
+            sheet.append([images[chosen], None, *(x[i] for x in seen)])
+            names.append(f"{name}, noise {i + 1}")
+    draw_images(axes, sheet, names)
+    side, gap = images.shape[1] + 2, images.shape[1] // 2
+    ticks = [side / 2] + [side * (i + 1.5) + gap for i in range(12)]
+    axes.set_xticks(ticks, ["told", *(f"{value:+.0f}" for value in logsnrs[:-1].tolist())])
+    axes.set_xlabel("what the network takes for the image, x_hat, at each step; below it: the log-SNR of the noisy image")
+    return figure
+
+
+@torch.no_grad()
+def attention(run):
+    """Where patches of the noisy image look in the condition: evenly at high noise, at their part of it at low noise."""
+    device, _, _ = common.start()
+    images, conditions = read(run, "images", "samples/pairs_w1/conditions")
+    chosen = conditions[len(conditions) // 2 - 1]
+    model, config = load_network(run / "pairs.pt", device)
+    maps = []
+
+    def look(layer, inputs, output):
+        x, context = inputs                                            # [1, N, D], [1, T, D]
+        q, k = layer.q(x), layer.kv(context).chunk(2, -1)[0]
+        q, k = (a.unflatten(-1, (layer.heads, -1)).transpose(1, 2) for a in (q, k))
+        maps.append((q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1).mean((0, 1)))          # [N, T]
+    for block in model.trunk.blocks:
+        block.cross.register_forward_hook(look)
+    told = told_of(run, config, [chosen], device)
+    x = torch.from_numpy(images[chosen]).to(device).permute(2, 0, 1)[None] / 127.5 - 1
+    eps = common.randn([common.generator(device, 0, 0, 0, 5)], x.shape[1:])
+    grid, size = round(model.trunk.pos.shape[0] ** 0.5), config["size"]
+    patches = [grid * (grid // 2 - 1) + grid // 2 - 1, grid * (grid // 2) + grid // 2, grid * (grid - 1) + grid // 2]
+    figure, panels = plt.subplots(3, 1 + len(patches), figsize=(9, 7.5), layout="constrained")
+    for row, logsnr in zip(panels, (-6, -2, 3)):
+        maps.clear()
+        logsnr = torch.tensor([float(logsnr)], device=device)
+        alpha, sigma = common.alpha_sigma(logsnr)
+        model(alpha * x + sigma * eps, logsnr, **told)
+        mean = torch.stack(maps).mean(0)                               # [N, T], over blocks and heads
+        row[0].imshow(pictures(alpha * x + sigma * eps)[0])
+        row[0].set_ylabel(f"log-SNR {logsnr.item():+.0f}")
+        for number, (axes, patch) in enumerate(zip(row[1:], patches), 1):
+            side, top = size / grid, divmod(patch, grid)
+            row[0].text((top[1] + 0.5) * side, (top[0] + 0.5) * side, number, color="C1", weight="bold", ha="center")
+            tokens = mean[patch].view(1, 1, round(mean.shape[1] ** 0.5), -1)
+            axes.imshow(images[chosen])
+            heat = axes.imshow(tokens[0, 0].cpu(), cmap="inferno", alpha=0.75, extent=(-0.5, size - 0.5, size - 0.5, -0.5))
+            heat.set_clim(0, 4 / mean.shape[1])                        # 4 times what even attention would give
+            axes.set_title(f"patch {number} looks at")
+    for axes in panels.flat:
+        axes.set(xticks=[], yticks=[])
+    panels[0, 0].set_title("noisy image")
+    figure.colorbar(heat, ax=panels, shrink=0.5, label="share of the attention")
+    return figure
+
+
+TOLD = ("itself", "another image of its page", "nothing", "an image of another page")
+
+
+@torch.no_grad()
+def condition_gain(path, run, levels, device, n=100):
+    """Loss of n held-out images, [4, len(levels)], at these log-SNRs, told in turn what TOLD says; the same noise in all.
+
+    A copier gains from the image itself only; a model that varies gains nearly as much from another image of the page.
+    """
+    model, config = load_network(path, device)
+    images, pages, split = read(run, "images", "pages", "split")
+    rng, held_out = np.random.default_rng(0), np.flatnonzero(split == split.max())
+    trios = []
+    for i in rng.permutation(held_out)[:n]:
+        mates = held_out[(pages[held_out] == pages[i]) & (held_out != i)]
+        others = held_out[pages[held_out] != pages[i]]
+        if len(mates) and len(others):
+            trios.append((i, rng.choice(mates), rng.choice(others)))
+    itself, mate, other = np.array(trios).T
+    x = torch.from_numpy(images[itself]).to(device).permute(0, 3, 1, 2) / 127.5 - 1
+    eps = common.randn([common.generator(device, 0, i, 0, 5) for i in range(len(x))], x.shape[1:])
+    drop = torch.ones(len(x), dtype=torch.bool, device=device)
+    found = []
+    for rows, dropped in ((itself, None), (mate, None), (itself, drop), (other, None)):
+        told = told_of(run, config, rows, device)
+        for level in levels:
+            logsnr = torch.full((len(x),), level, device=device)
+            alpha, sigma = common.alpha_sigma(logsnr)
+            v_pred = model(alpha * x + sigma * eps, logsnr, drop=dropped, **told)
+            found.append(common.diffusion_loss(v_pred, x, eps, logsnr, "v").mean().item())
+    return np.array(found).reshape(4, -1)
+
+
+def gain(run):
+    """Told a page-mate, the copier does worse than told nothing; Semantica does nearly as well as told the image itself."""
+    device, _, _ = common.start()
+    levels = [-9.0, -7.0, -5.0, -4.0, -3.0, -2.0, -1.0, 1.0, 3.0, 5.0]
+    figure, panels = plt.subplots(1, 2, figsize=(13, 5.5), layout="constrained", sharey=True)
+    for axes, name in zip(panels, ("recon", "pairs")):
+        path = run / f"{name}.pt"
+        losses = condition_gain(path if path.exists() else f"{path}.partial", run, levels, device)
+        for label, style, row in zip(TOLD, ("k-", "C2-", "C0--", "C3-"), losses):
+            axes.plot(levels, row, style, label=label)
+        print(f"gain: {name}, loss in v at log-SNR -3: " + ", ".join(f"{a:.3f} told {b}" for a, b in zip(losses[:, 4], TOLD)))
+        axes.set(title=name, xlabel="log-SNR: mostly noise on the left, mostly image on the right")
+    panels[0].set_ylabel("loss of held-out images")
+    log_scale(panels[0])
+    panels[1].legend(title="told")
+    return figure
+
+
+def guidance_rows(run):
+    """More guidance makes samples of both models more alike; the copier's become one picture."""
+    device, _, _ = common.start()
+    images, conditions = read(run, "images", "samples/pairs_w1/conditions")
+    chosen, weights = conditions[len(conditions) // 2 - 1], (0, 0.5, 1, 2, 4)
+    sheet = [[images[chosen], None] for _ in weights]
+    for name in ("recon", "pairs"):
+        model, config = load_network(run / f"{name}.pt", device)
+        told = told_of(run, config, [chosen] * 8, device)
+        for row, w in zip(sheet, weights):
+            streams = [common.generator(device, 0, i, 0, 5) for i in range(8)]
+            row += [None, *common.sample_images(model, told, streams, w, config | dict(sample_steps=12, time_power=2), 0)]
+    figure, axes = plt.subplots(figsize=(14, 4.5), layout="constrained")
+    draw_images(axes, sheet, [f"w = {w:g}" for w in weights])
+    side, gap = images.shape[1] + 2, images.shape[1] // 2
+    axes.set_xticks([side / 2, 5 * side + 2 * gap, 13 * side + 3 * gap], ["told", "reconstruction", "pairs"])
+    return figure
+
+
+def band_pairs(run):
+    """Pairs just outside the band do not belong together, or belong together too well; those inside teach variation."""
+    images, cls, pages, split, kept = read(run, "images", "cls", "pages", "split", "sims")
+    low, high = kept.min(), kept.max()
+    i, j, sims = same_page_pairs(cls, pages, np.flatnonzero(split == 0))
+    order, rng = np.argsort(sims), np.random.default_rng(0)
+    first, last = np.searchsorted(sims[order], [low - 1e-6, high + 1e-6])
+    parts = {f"dropped, below {low:.2f}": (0, first), f"kept, near {low:.2f}": (first, first + (last - first) // 10),
+             f"kept, near {high:.2f}": (last - (last - first) // 10, last), f"dropped, above {high:.2f}": (last, len(order))}
+    sheet = []
+    for start, end in parts.values():
+        row = []
+        for pair in order[rng.choice(np.arange(start, max(end, start + 1)), 7)]:
+            row += [images[i[pair]], images[j[pair]], None]
+        sheet.append(row[:-1])
+    figure, axes = plt.subplots(figsize=(14, 3.8), layout="constrained")
+    draw_images(axes, sheet, list(parts))
+    return figure
+
+
+def recall(run):
+    """A real point counts for recall if it lies in a ball of a sample. A copier's balls are small: few points do."""
+    cls, pages, split, conditions = read(run, "cls", "pages", "split", "samples/pairs_w1/conditions")
+    row = len(conditions) // 2 - 1
+    real = cls[(pages == pages[conditions[row]]) & (split == split.max())]
+    directions = np.linalg.svd(real - real.mean(0), full_matrices=False)[2][:2]          # [2, D]
+    figure, panels = plt.subplots(1, 2, figsize=(13, 6.5), layout="constrained", sharex=True, sharey=True)
+    for axes, name in zip(panels, ("recon", "pairs")):
+        features, = read(run, f"samples/{name}_w1/cls")
+        k = len(features) // len(conditions)
+        points, fake = (torch.from_numpy((x - real.mean(0)) @ directions.T) for x in (real, features[row * k:(row + 1) * k]))
+        reach = torch.cdist(fake, fake).kthvalue(4).values             # to the third neighbour; the first is itself
+        covered = (torch.cdist(points, fake) <= reach).any(1)
+        for centre, radius in zip(fake, reach):
+            axes.add_patch(plt.Circle(centre, radius, color="C1", alpha=0.08, linewidth=0))
+        axes.plot(*fake.T, "C1.", label="samples, and their balls")
+        axes.plot(*points[covered].T, "C0o", label="real, covered")
+        axes.plot(*points[~covered].T, "o", color="0.6", fillstyle="none", label="real, not covered")
+        axes.plot(*((cls[conditions[row]] - real.mean(0)) @ directions.T), "k*", markersize=14, label="the condition")
+        axes.set(title=f"{name}: recall {covered.float().mean():.2f} in this plane", xlabel="first principal component")
+        axes.set_aspect("equal")
+    panels[0].set_ylabel("second principal component")
+    panels[1].legend()
     return figure
 
 
@@ -313,6 +562,14 @@ FIGURES = {                                                            # the fun
     "sweep": (sweep, ["twostage/sweep/metrics.json"]),
     "interpolation": (interpolation, ["film.pt", "twostage/y_grid.npy"]),
     "idea": (idea, ["images.npy", "samples/recon_w1/samples.npy", "samples/pairs_w1/samples.npy"]),
+    "schedule": (schedule, []),
+    "noised": (noised, ["images.npy"]),
+    "denoising": (denoising, ["recon.pt", "pairs.pt", "samples/pairs_w1/conditions.npy"]),
+    "attention": (attention, ["pairs.pt", "samples/pairs_w1/conditions.npy"]),
+    "gain": (gain, ["images.npy"]),
+    "guidance_rows": (guidance_rows, ["recon.pt", "pairs.pt", "samples/pairs_w1/conditions.npy"]),
+    "filter_pairs": (band_pairs, ["images.npy", "cls.npy", "sims.npy"]),
+    "recall": (recall, ["samples/recon_w1/cls.npy", "samples/pairs_w1/cls.npy"]),
 }
 
 
