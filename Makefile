@@ -2,6 +2,7 @@
 #   make demo                    the digits, on a CPU           make demo PRESET=emoji16    OpenMoji, on a CPU
 #   make demo PRESET=emoji64     OpenMoji, on a GPU             make test                   the tests
 #   make full                    the digits, trained 7 times as long, and read by a judge of digits: 50 minutes
+#   make figures                 figures for a lecture, after make demo, a minute
 #   make twostage                2SDM, after make demo          make sweep                  2SDM told more and less, an hour
 PRESET   ?= digits16
 SEED     ?= 0
@@ -30,7 +31,7 @@ TRAIN     = --data $(RUN) --seed $(SEED)
 # what was trained on an older input is deleted; what was interrupted is resumed
 fresh     = @find $@ $@.partial ! -newer $< -exec rm {} + 2>/dev/null || true
 
-.PHONY: demo full twostage sweep test clean
+.PHONY: demo full figures twostage sweep test clean
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -84,8 +85,12 @@ $(RUN)/metrics.json: $(foreach s,$(SETS),$(RUN)/samples/$(s)/data.json)
 	$(PY) 06_fewshot_metrics.py --data $(RUN) --samples $(^D)
 
 $(RUN)/figures/done: $(RUN)/metrics.json
-	$(PY) -m docs.figures $(RUN)
+	$(PY) -m docs.figures $(RUN) --only filter precision_recall training idea
 	touch $@
+
+# for a lecture, docs/course.md: a minute
+figures: demo
+	$(PY) -m docs.figures $(RUN)
 
 # 2SDM: the prior, three image models on one recipe, and for each row of the table an array y, samples, scores
 ROWS      := unconditional kmeans16 oracle 2sdm 2sdm_fewer_steps

@@ -154,12 +154,22 @@ def precision_recall(run):
 
 
 def training(run):
-    """The loss over steps: some noise levels still improve when the mean over all of them looks flat."""
+    """The loss over steps: some noise levels still improve when the mean over all of them looks flat.
+
+    Grey: three seeds of `make demo` (docs/reference), if this run has their learning rates.
+    """
     figure, panels = plt.subplots(1, 3, figsize=(15, 5), layout="constrained", sharey=True)
     for name, axes in zip(("recon", "pairs"), panels[1:]):
         log = [json.loads(line) for line in (run / f"{name}.jsonl").read_text().splitlines()]
         steps = [row["step"] for row in log]
         panels[0].plot(steps, [row["loss"] for row in log], label=name)
+        reference = (Path(__file__).parent / f"reference/{name}.jsonl").read_text().splitlines()
+        seeds = {}                                                     # (step, learning rate) -> loss of each seed
+        for row in map(json.loads, reference):
+            seeds.setdefault((row["step"], round(row["lr"], 8)), []).append(row["loss"])
+        known = [(step, seeds.get((step, round(row["lr"], 8)))) for step, row in zip(steps, log)]
+        if all(losses for _, losses in known):
+            panels[0].fill_between(steps, *(zip(*((min(a), max(a)) for _, a in known))), color="0.8", zorder=0)
         for level, losses in enumerate(zip(*(row["by_noise_level"] for row in log))):
             label = f"t from {level / 5:g} to {(level + 1) / 5:g}"
             axes.plot(steps, losses, color=plt.cm.plasma(level / 5), label=label)
@@ -324,21 +334,21 @@ def interpolation(run):
 
 
 def schedule(run):
-    """The same image at 4 times the resolution needs 16 times the noise: the curve of 64 px is the one of 16 px, lower."""
+    """A larger image shows more at the same noise, so its curve lies lower: log-SNR falls by 2 log(32 / size)."""
     t = torch.linspace(0.001, 0.999, 500)
     figure, axes = plt.subplots(figsize=(8, 5.5), layout="constrained")
     for size, style in ((32, "k-"), (64, "C0-"), (256, "C1-")):
         label = f"{size} px, " + ("not shifted" if size == 32 else f"shifted by 2 log(32 / {size})")
         axes.plot(t, common.logsnr_schedule(t, size, 32), style, label=label)
     axes.axhline(0, color="0.8", zorder=0)
-    axes.text(0.01, 0.3, "as much noise as image", color="0.5")
+    axes.text(0.7, 0.3, "as much noise as image", color="0.5")
     axes.set(xlabel="time t", ylabel="log-SNR", xlim=(0, 1))
     axes.legend(title="cosine schedule, noise_size 32")
     return figure
 
 
 def noised(run):
-    """At 64 px the plain schedule leaves the digit visible for too long; the shifted one hides it as early as at 16 px."""
+    """With the plain schedule a digit of 64 px stays visible for longer than one of 16 px; shifted, as long."""
     images, split = read(run, "images", "split")
     digit = images[np.flatnonzero(split == split.max())[0]]
     t = torch.linspace(0, 1, 11)
@@ -386,14 +396,17 @@ def denoising(run):
     draw_images(axes, sheet, names)
     side, gap = images.shape[1] + 2, images.shape[1] // 2
     ticks = [side / 2] + [side * (i + 1.5) + gap for i in range(12)]
-    axes.set_xticks(ticks, ["told", *(f"{value:+.0f}" for value in logsnrs[:-1].tolist())])
-    axes.set_xlabel("what the network takes for the image, x_hat, at each step; below it: the log-SNR of the noisy image")
+    axes.set_xticks(ticks, ["told", *(f"{round(value):+d}" for value in logsnrs[:-1].tolist())])
+    axes.set_xlabel("x_hat, the image that the network expects, at each step; numbers: log-SNR of the noisy image")
     return figure
 
 
 @torch.no_grad()
 def attention(run):
-    """Where patches of the noisy image look in the condition: evenly at high noise, at their part of it at low noise."""
+    """All patches look at the same few tokens of the condition, at its strokes and at empty corners.
+
+    So they read what the image is, not what is at their own place. Weights are means over blocks and heads.
+    """
     device, _, _ = common.start()
     images, conditions = read(run, "images", "samples/pairs_w1/conditions")
     chosen = conditions[len(conditions) // 2 - 1]
@@ -408,7 +421,7 @@ def attention(run):
     for block in model.trunk.blocks:
         block.cross.register_forward_hook(look)
     told = told_of(run, config, [chosen], device)
-    x = torch.from_numpy(images[chosen]).to(device).permute(2, 0, 1)[None] / 127.5 - 1
+    x = torch.from_numpy(np.array(images[[chosen]])).to(device).permute(0, 3, 1, 2) / 127.5 - 1
     eps = common.randn([common.generator(device, 0, 0, 0, 5)], x.shape[1:])
     grid, size = round(model.trunk.pos.shape[0] ** 0.5), config["size"]
     patches = [grid * (grid // 2 - 1) + grid // 2 - 1, grid * (grid // 2) + grid // 2, grid * (grid - 1) + grid // 2]
@@ -426,7 +439,8 @@ def attention(run):
             row[0].text((top[1] + 0.5) * side, (top[0] + 0.5) * side, number, color="C1", weight="bold", ha="center")
             tokens = mean[patch].view(1, 1, round(mean.shape[1] ** 0.5), -1)
             axes.imshow(images[chosen])
-            heat = axes.imshow(tokens[0, 0].cpu(), cmap="inferno", alpha=0.75, extent=(-0.5, size - 0.5, size - 0.5, -0.5))
+            whole = (-0.5, size - 0.5, size - 0.5, -0.5)
+            heat = axes.imshow(tokens[0, 0].cpu(), cmap="inferno", alpha=0.75, extent=whole)
             heat.set_clim(0, 4 / mean.shape[1])                        # 4 times what even attention would give
             axes.set_title(f"patch {number} looks at")
     for axes in panels.flat:
@@ -441,7 +455,7 @@ TOLD = ("itself", "another image of its page", "nothing", "an image of another p
 
 @torch.no_grad()
 def condition_gain(path, run, levels, device, n=100):
-    """Loss of n held-out images, [4, len(levels)], at these log-SNRs, told in turn what TOLD says; the same noise in all.
+    """Loss in v of n held-out images, [4, len(levels)], at these log-SNRs, told what TOLD says; always the same noise.
 
     A copier gains from the image itself only; a model that varies gains nearly as much from another image of the page.
     """
@@ -450,10 +464,10 @@ def condition_gain(path, run, levels, device, n=100):
     rng, held_out = np.random.default_rng(0), np.flatnonzero(split == split.max())
     trios = []
     for i in rng.permutation(held_out)[:n]:
-        mates = held_out[(pages[held_out] == pages[i]) & (held_out != i)]
+        page = np.setdiff1d(np.flatnonzero(pages == pages[i]), i)
+        mates = page[split[page] == split[i]]
         others = held_out[pages[held_out] != pages[i]]
-        if len(mates) and len(others):
-            trios.append((i, rng.choice(mates), rng.choice(others)))
+        trios.append((i, rng.choice(mates if len(mates) else page), rng.choice(others)))
     itself, mate, other = np.array(trios).T
     x = torch.from_numpy(images[itself]).to(device).permute(0, 3, 1, 2) / 127.5 - 1
     eps = common.randn([common.generator(device, 0, i, 0, 5) for i in range(len(x))], x.shape[1:])
@@ -470,7 +484,7 @@ def condition_gain(path, run, levels, device, n=100):
 
 
 def gain(run):
-    """Told a page-mate, the copier does worse than told nothing; Semantica does nearly as well as told the image itself."""
+    """Another image of its page is worse than nothing for the copier, for pairs nearly as good as the image itself."""
     device, _, _ = common.start()
     levels = [-9.0, -7.0, -5.0, -4.0, -3.0, -2.0, -1.0, 1.0, 3.0, 5.0]
     figure, panels = plt.subplots(1, 2, figsize=(13, 5.5), layout="constrained", sharey=True)
@@ -479,7 +493,8 @@ def gain(run):
         losses = condition_gain(path if path.exists() else f"{path}.partial", run, levels, device)
         for label, style, row in zip(TOLD, ("k-", "C2-", "C0--", "C3-"), losses):
             axes.plot(levels, row, style, label=label)
-        print(f"gain: {name}, loss in v at log-SNR -3: " + ", ".join(f"{a:.3f} told {b}" for a, b in zip(losses[:, 4], TOLD)))
+        numbers = [f"{loss:.3f} told {what}" for loss, what in zip(losses[:, levels.index(-3)], TOLD)]
+        print(f"gain: {name}, loss in v at log-SNR -3: {', '.join(numbers)}")
         axes.set(title=name, xlabel="log-SNR: mostly noise on the left, mostly image on the right")
     panels[0].set_ylabel("loss of held-out images")
     log_scale(panels[0])
@@ -488,17 +503,17 @@ def gain(run):
 
 
 def guidance_rows(run):
-    """More guidance makes samples of both models more alike; the copier's become one picture."""
+    """The copier draws its condition at every w. The pair model's samples differ, and get bolder with more guidance."""
     device, _, _ = common.start()
     images, conditions = read(run, "images", "samples/pairs_w1/conditions")
-    chosen, weights = conditions[len(conditions) // 2 - 1], (0, 0.5, 1, 2, 4)
+    chosen, weights, how = conditions[len(conditions) // 2 - 1], (0, 0.5, 1, 2, 4), dict(sample_steps=12, time_power=2)
     sheet = [[images[chosen], None] for _ in weights]
     for name in ("recon", "pairs"):
         model, config = load_network(run / f"{name}.pt", device)
         told = told_of(run, config, [chosen] * 8, device)
         for row, w in zip(sheet, weights):
             streams = [common.generator(device, 0, i, 0, 5) for i in range(8)]
-            row += [None, *common.sample_images(model, told, streams, w, config | dict(sample_steps=12, time_power=2), 0)]
+            row += [None, *common.sample_images(model, told, streams, w, config | how, 0)]
     figure, axes = plt.subplots(figsize=(14, 4.5), layout="constrained")
     draw_images(axes, sheet, [f"w = {w:g}" for w in weights])
     side, gap = images.shape[1] + 2, images.shape[1] // 2
@@ -507,14 +522,15 @@ def guidance_rows(run):
 
 
 def band_pairs(run):
-    """Pairs just outside the band do not belong together, or belong together too well; those inside teach variation."""
+    """Below the band a pair shows two digits or very different ones; above it, nearly the same picture twice."""
     images, cls, pages, split, kept = read(run, "images", "cls", "pages", "split", "sims")
     low, high = kept.min(), kept.max()
     i, j, sims = same_page_pairs(cls, pages, np.flatnonzero(split == 0))
     order, rng = np.argsort(sims), np.random.default_rng(0)
     first, last = np.searchsorted(sims[order], [low - 1e-6, high + 1e-6])
-    parts = {f"dropped, below {low:.2f}": (0, first), f"kept, near {low:.2f}": (first, first + (last - first) // 10),
-             f"kept, near {high:.2f}": (last - (last - first) // 10, last), f"dropped, above {high:.2f}": (last, len(order))}
+    tenth = (last - first) // 10
+    parts = {f"dropped, below {low:.2f}": (0, first), f"kept, near {low:.2f}": (first, first + tenth),
+             f"kept, near {high:.2f}": (last - tenth, last), f"dropped, above {high:.2f}": (last, len(order))}
     sheet = []
     for start, end in parts.values():
         row = []
@@ -530,25 +546,28 @@ def recall(run):
     """A real point counts for recall if it lies in a ball of a sample. A copier's balls are small: few points do."""
     cls, pages, split, conditions = read(run, "cls", "pages", "split", "samples/pairs_w1/conditions")
     row = len(conditions) // 2 - 1
-    real = cls[(pages == pages[conditions[row]]) & (split == split.max())]
-    directions = np.linalg.svd(real - real.mean(0), full_matrices=False)[2][:2]          # [2, D]
-    figure, panels = plt.subplots(1, 2, figsize=(13, 6.5), layout="constrained", sharex=True, sharey=True)
-    for axes, name in zip(panels, ("recon", "pairs")):
+    sets = {"real": cls[(pages == pages[conditions[row]]) & (split == split.max())]}
+    for name in ("recon", "pairs"):
         features, = read(run, f"samples/{name}_w1/cls")
-        k = len(features) // len(conditions)
-        points, fake = (torch.from_numpy((x - real.mean(0)) @ directions.T) for x in (real, features[row * k:(row + 1) * k]))
+        sets[name] = features.reshape(len(conditions), -1, features.shape[1])[row]       # [k, D]
+    everything = np.concatenate(list(sets.values()))
+    centre = everything.mean(0)
+    plane = np.linalg.svd(everything - centre, full_matrices=False)[2][:2].T              # [D, 2]
+    real, *both = (torch.from_numpy((x - centre) @ plane) for x in sets.values())
+    figure, panels = plt.subplots(1, 2, figsize=(13, 6.5), layout="constrained", sharex=True, sharey=True)
+    for axes, name, fake in zip(panels, ("recon", "pairs"), both):
         reach = torch.cdist(fake, fake).kthvalue(4).values             # to the third neighbour; the first is itself
-        covered = (torch.cdist(points, fake) <= reach).any(1)
-        for centre, radius in zip(fake, reach):
-            axes.add_patch(plt.Circle(centre, radius, color="C1", alpha=0.08, linewidth=0))
+        covered = (torch.cdist(real, fake) <= reach).any(1)
+        for point, radius in zip(fake, reach):
+            axes.add_patch(plt.Circle(point, radius, color="C1", alpha=0.08, linewidth=0))
         axes.plot(*fake.T, "C1.", label="samples, and their balls")
-        axes.plot(*points[covered].T, "C0o", label="real, covered")
-        axes.plot(*points[~covered].T, "o", color="0.6", fillstyle="none", label="real, not covered")
-        axes.plot(*((cls[conditions[row]] - real.mean(0)) @ directions.T), "k*", markersize=14, label="the condition")
+        axes.plot(*real[covered].T, "C0o", label="real, covered")
+        axes.plot(*real[~covered].T, "o", color="0.6", fillstyle="none", label="real, not covered")
+        axes.plot(*((cls[conditions[row]] - centre) @ plane), "k*", markersize=14, label="the condition")
         axes.set(title=f"{name}: recall {covered.float().mean():.2f} in this plane", xlabel="first principal component")
         axes.set_aspect("equal")
     panels[0].set_ylabel("second principal component")
-    panels[1].legend()
+    figure.legend(*panels[1].get_legend_handles_labels(), loc="outside upper center", ncols=4)
     return figure
 
 

@@ -3,8 +3,8 @@ import itertools
 import json
 
 import numpy as np
-import torch
-from conftest import done
+import small
+from conftest import ROOT, done, module
 
 import common
 
@@ -34,13 +34,13 @@ def test_all_figures_and_what_the_filter_drops(tiny_data, tmp_path):
         for name, array in arrays.items():
             np.save(tiny_data / folder / f"{name}.npy", array)
     for name in ("recon", "pairs"):
-        (tiny_data / f"{name}.jsonl").write_text(json.dumps(dict(step=1, loss=1, by_noise_level=[0.1] * 5)))
-    network = dict(size=16, patch=1, channels=[16, 32], blocks=[1, 1], transformers=1, told={"cls": [6]})
-    config = dict(network=network, size=16, noise_size=16, time_power=1.0, sample_steps=2, amp="none")
-    torch.save(dict(ema=common.UViT(**network).state_dict(), config=config), tiny_data / "film.pt")
+        curve = (ROOT / f"docs/reference/{name}.jsonl").read_text()
+        (tiny_data / f"{name}.jsonl").write_text("\n".join(curve.splitlines()[:3]))
+    for name, cond in (("recon", "both"), ("pairs", "both"), ("film", "film")):
+        small.checkpoint(tiny_data / f"{name}.pt", cond, sample_steps=2)
 
     said = done("-m docs.figures", tiny_data)
-    assert "not drawn" not in said and len(list((tiny_data / "figures").glob("*.png"))) == 9
+    assert "not drawn" not in said and len(list((tiny_data / "figures").glob("*.png"))) == len(module("docs/figures.py").FIGURES)
     for hit, out, planted in zip(hits, dropped, (24, 8)):               # 6 of the 12 ordered pairs of a page, and 2
         assert 0 < hit < out and f"precision {hit / out:.2f}, recall {hit / planted:.2f}" in said
     assert "sweep: not drawn" in done("-m docs.figures", tmp_path, "--only", "sweep")
