@@ -76,7 +76,7 @@ def alpha_sigma(logsnr):
 
 
 def diffusion_loss(v_pred, x, eps, logsnr, kind):
-    """Mean squared error of each image, [B], in v ([PD] appendix D) or in eps ([S] eq. 2).
+    """Mean squared error of each image, [B], in v ([PD] appendix D) or in eps ([S] eq. 1).
 
     v = alpha eps - sigma x. With eps_hat = sigma z + alpha v_pred, eps_hat - eps = alpha (v_pred - v).
     """
