@@ -284,3 +284,20 @@ def test_a_judge_of_digits(tiny_data):
     assert abs(100 * copies["read"] - real) < 0.1 and abs(100 * pages["read"] - real) < 0.1
     assert copies["spread"] < 1e-6 and abs(pages["spread"] - 1) < 1e-5
     assert np.load(folder / "judge" / "cls.npy", allow_pickle=False).shape == (16, 64)
+
+
+def test_a_published_pipeline(tiny_data):
+    """A tiny random one of diffusers' own class: other noise for every sample, in files that 06 reads."""
+    hub, clip = pytest.importorskip("diffusers"), pytest.importorskip("transformers")
+    unet = hub.UNet2DConditionModel(8, block_out_channels=[32] * 4, cross_attention_dim=8)
+    encoder = clip.CLIPVisionModelWithProjection(clip.CLIPVisionConfig(8, 8, 8, 1, 2, image_size=28, patch_size=14))
+    parts = hub.AutoencoderKL(), encoder, unet, hub.DDIMScheduler(), None, clip.CLIPImageProcessor(), False
+    hub.StableDiffusionImageVariationPipeline(*parts).save_pretrained(tiny_data / "pipeline")
+    np.save(tiny_data / "c.npy", [4, 4])
+    made, data = tiny_data / "samples" / "sd", ["--data", tiny_data, "--conditions", tiny_data / "c.npy"]
+    done("-m examples.external", *data, "--pipeline", tiny_data / "pipeline", "--variations", 3, "--out", made)
+    samples = array(made / "samples.npy")
+    assert (samples.shape, samples.dtype, *array(made / "conditions.npy")) == ((2, 3, 16, 16, 3), np.uint8, 4, 4)
+    np.save(made / "cls.npy", samples[..., 0, :2, :].reshape(6, 6).astype(np.float32))
+    shutil.copy(tiny_data / "data.json", made)
+    assert len(np.unique(samples.reshape(6, -1), axis=0)) == 6 and scored(tiny_data, "--with-conditions")[-1]["guidance"] == 3
