@@ -1,7 +1,10 @@
 """common.py, part 1: identities of its formulas and of the network, and second implementations."""
+import ast
 import itertools
 import math
+import re
 from functools import partial
+from pathlib import Path
 
 import common
 import numpy as np
@@ -152,6 +155,14 @@ def test_sample_images():
     assert np.array_equal(common.sample_images(knows_x, dict(cls=None), streams, 0, config), images)
     times = torch.tensor([1, 0.8, 0.6, 0.4, 0.2]) ** 2
     assert seen == pytest.approx(common.logsnr_schedule(times, 8, 4).tolist(), abs=1e-3)
+
+
+@pytest.mark.parametrize("column, preset", [(1, "semantica64"), (2, "semantica256"), (3, "digits16")])
+def test_presets_are_those_of_the_page(column, preset):
+    """docs/differences.md names the source of every constant."""
+    page = (Path(common.__file__).parent / "docs" / "differences.md").read_text()
+    rows = re.findall(r"(?m)^\| `(\w+)` \| `(.+?)` \| `(.+?)` \| `(.+?)` \|", page)
+    assert {row[0]: ast.literal_eval(row[column]) for row in rows} == common.PRESETS[preset]
 
 
 @pytest.mark.parametrize("preset", common.PRESETS)
