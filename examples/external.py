@@ -12,7 +12,7 @@ The published weights were NOT run here, only tiny random networks. Calibrate fi
 (docs/protocols.md): its FIDs are 34.5 for SD image variations (s = 6; s = 4 gives 30.8) and 20.2 for IP-Adapter (s = 4,
 scale 1). Versatile Diffusion, its third baseline (26.3), is left out.
 
-    pip install -r requirements-dev.txt                                                                 # diffusers
+    pip install diffusers==0.39.0 -r requirements-encoders.txt
     python -m examples.external --data D --conditions c.npy --out D/samples/sd --guidance-scale 6 \\
         --pipeline lambdalabs/sd-image-variations-diffusers --revision v2.0
     python -m examples.external --data D --conditions c.npy --out D/samples/ip --guidance-scale 4 \\
