@@ -135,9 +135,10 @@ $(TWO)/oracle/samples.npy: $(TWO)/oracle/y.npy $(RUN)/film.pt
 $(TWO)/2sdm/samples.npy: $(TWO)/2sdm/y.npy $(RUN)/film.pt
 	$(ROW) --checkpoint $(RUN)/film.pt
 
-# less time in all than the unconditional row, the prior's included: 4 of 5 steps
+# less time in all than the unconditional row, the prior's included: 4 of 5 of the preset's steps
+FEWER := $(if $(filter semantica%,$(PRESET)),102,$(if $(filter %64,$(PRESET)),51,20))
 $(TWO)/2sdm_fewer_steps/samples.npy: $(TWO)/2sdm/y.npy $(RUN)/film.pt
-	$(ROW) --checkpoint $(RUN)/film.pt --sample-steps $(if $(filter %64,$(PRESET)),51,20)
+	$(ROW) --checkpoint $(RUN)/film.pt --sample-steps $(FEWER)
 
 $(TWO)/metrics.json: $(foreach r,$(ROWS),$(TWO)/$(r)/data.json)
 	$(PY) 06_fewshot_metrics.py --data $(RUN) --samples $(^D) --out $(TWO)
