@@ -1,6 +1,7 @@
 """01: images -> square uint8 images, page numbers, frozen embeddings. The only script that knows encoders.
 
-Reads   --images: a folder (the page of an image is the folder it lies in), one image, or an .npy [..., H, W, 3] uint8
+Reads   --images: a folder (the page of an image is the folder it lies in), one image, or an .npy [..., H, W, 3] uint8;
+        or tar shards of img2dataset or WebDataset: one, a quoted pattern, or a folder that holds *.tar
 Writes  OUT/images.npy [N, S, S, 3] uint8, pages.npy [N] int32, split.npy [N] uint8 (1 = held out), names.npy [N]
         OUT/cls.npy [N, D] float32, tokens.npy [N, T, C] float16
         OUT/data.json {preset, images: N, source, encoder}, last: a folder without it is unfinished
@@ -17,15 +18,18 @@ StyleGAN's metrics, for FIDs that compare with the literature.
     python -m examples.digits && python 01_embed.py                                # digits at 16 px, one minute
     python 01_embed.py --images photos --preset emoji64 --out runs/mine            # your own folder
     python 01_embed.py --images cat.jpg --data runs/mine --out runs/cat            # your photo as a condition for 05
-    torchrun --nproc-per-node=8 01_embed.py --images web --preset semantica256 --encoder dinov2_vitl14
+    torchrun --nproc-per-node=8 01_embed.py --images 'shards/*.tar' --preset semantica256 --encoder dinov2_vitl14
     python 01_embed.py --images S/samples.npy --data runs/mine --out S --cls-only  # samples of 05, for 06
 """
 import contextlib
 import glob
 import hashlib
+import io
 import json
 import os
+import re
 import sys
+import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -46,7 +50,7 @@ SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items() if 
 
 
 def read_image(file, size, resample):
-    """An image file of any kind: turned by its EXIF, transparency on white, of an animation the first frame."""
+    """An image file of any kind, a path or open: turned by its EXIF, transparency on white, the first frame."""
     with Image.open(file, formats=FORMATS) as image:
         image.draft(None, (2 * size, 2 * size))                        # JPEG: decode a huge picture at 1/2, 1/4 or 1/8
         ImageOps.exif_transpose(image, in_place=True)
@@ -69,12 +73,10 @@ def folder(path):
     if not path.is_file():
         root, files = path, glob.glob("**", root_dir=path, recursive=True)               # without hidden files
         names = sorted(f for f in files if Path(f).suffix.lower() in SUFFIXES)
-    if not names:
-        common.die(f"{path} holds no images; give --images, or write the demo's: python -m examples.digits")
-    parents = [os.path.dirname(name) for name in names]
-    by_folder = {f.name for f in root.glob("[!.]*")} == {"train", "val"}
-    if by_folder:
-        parents = [parent.partition(os.sep)[2] for parent in parents]                    # train/x and val/x: page x
+        if any(re.search(r"(^|/)(\d{5,})/\2\d+\.json$", f"{path.name}/{f}") for f in files):    # 00042/000420031.json
+            common.die(f"{path}: img2dataset wrote it, a folder is no page; choose its --output_format webdataset")
+    by_folder = {f.name for f in root.glob("[!.]*")} == {"train", "val"}                 # train/x and val/x: page x
+    parents = [os.path.dirname(name.partition(os.sep)[2] if by_folder else name) for name in names]
     found, pages = np.unique(parents, return_inverse=True)
     if len(names) > len(found) == 1:
         print(f"warning: all images of {path} lie in one folder and form one page", file=sys.stderr)
@@ -82,9 +84,35 @@ def folder(path):
     return lambda i, size, resample: read_image(root / names[i], size, resample), names, pages, split
 
 
+def shards(files):
+    """The images in tar files, read where they lie: nothing is unpacked. Memory: about 400 bytes an image.
+
+    What shares its name up to the first dot is a sample. Its page is `page` in its .json, else that name.
+    """
+    names, pages, places, numbers = [], [], [], {}
+    for file in files:
+        found, told = {}, {}                                           # {name: (sample, place)}, {sample: page}
+        try:
+            with tarfile.open(file, "r:") as tar:                      # "r:" is not compressed: an image is one piece
+                for member in tar:
+                    sample, kind = re.match("(.*/)?[^.]*", member.name)[0], Path(member.name).suffix.lower()
+                    if kind == ".json" and member.isfile():
+                        page = json.load(tar.extractfile(member))["page"]
+                        told[sample] = sample if page in (None, "") else str(page)
+                    elif kind in SUFFIXES or kind == ".tar":           # what is not good gets no bytes, and is skipped
+                        good = member.isfile() and "../" not in member.name and member.name not in found
+                        found[member.name] = sample, (file, np.uint8, good * member.size, "", member.offset_data)
+        except (OSError, tarfile.TarError, LookupError, TypeError, ValueError, RecursionError) as e:
+            common.die(f"{file}: {type(e).__name__}: {e}; fetch it again, with --save_additional_columns '[\"page\"]'")
+        names += [f"{Path(file).name}/{name}" for name in found]
+        pages += [numbers.setdefault(told.get(sample, sample), len(numbers)) for sample, _ in found.values()]
+        places += [place for _, place in found.values()]
+    return lambda i, size, resample: read_image(io.BytesIO(np.fromfile(*places[i])), size, resample), names, pages, None
+
+
 def hold_out(pages, names):
     """[N] bool: one fifth of each page of at least 8 images, those whose stems have the smallest SHA-1."""
-    keys = [hashlib.sha1(os.fsencode(Path(name).stem)).hexdigest() for name in names]
+    keys = [hashlib.sha1(os.fsencode(Path(name).stem)).hexdigest()[:12] for name in names]
     order = np.lexsort((keys, pages))                                  # page by page, hashes ascending
     split = np.zeros(len(pages), bool)
     for page in np.split(order, np.flatnonzero(np.diff(pages[order])) + 1):
@@ -210,7 +238,10 @@ def main():
     embed = args.embed or ("stored" if from_array else default)        # samples have no larger source
 
     device, rank, world = common.start(args.device)
-    load, names, pages, split = array(args.images) if from_array else folder(args.images)
+    tars = sorted(f for f in glob.glob(f"{args.images}/*.tar") + glob.glob(str(args.images)) if f.endswith(".tar"))
+    load, names, pages, split = array(args.images) if from_array else shards(tars) if tars else folder(args.images)
+    if not names:
+        common.die(f"{args.images} holds no images; give --images, or write the demo's: python -m examples.digits")
     if name == "efficientnet_lite0":
         encode, px, resample = efficientnet(px or common.PRESETS[preset]["encoder_px"], device)
     elif name.startswith("inception:"):
@@ -241,9 +272,8 @@ def main():
             arrays["images"][i] = image
 
     common.barrier()                                                   # all have seen the former data.json
-    if rank == 0:
-        for stale in ("data.json", "pairs.npy", "sims.npy"):           # they belong to the images of a former run
-            (out / stale).unlink(missing_ok=True)
+    for stale in ("data.json", "pairs.npy", "sims.npy") if rank == 0 else ():            # of the images of a former run
+        (out / stale).unlink(missing_ok=True)
     with contextlib.ExitStack() as stack, ThreadPoolExecutor() as pool:
         arrays = {file: stack.enter_context(common.writing_array(out / f"{file}.npy", (n, *shape), dtype))
                   for file, (shape, dtype) in files.items()}
@@ -268,7 +298,7 @@ def main():
     common.barrier()                                                   # all have read what the first process deletes
     if rank > 0:
         return
-    pages, names = pages[kept].astype(np.int32), np.array(names)[kept]
+    pages, names = np.array(pages, np.int32)[kept], np.array(names)[kept]
     split = hold_out(pages, names) if split is None else np.array(split)[kept]
     split = (split | args.held_out).astype(np.uint8)
     if not args.cls_only:
