@@ -99,9 +99,9 @@ def shards(files):
                     if kind == ".json" and member.isfile():
                         page = json.load(tar.extractfile(member))["page"]
                         told[sample] = sample if page in (None, "") else str(page)
-                    elif kind in SUFFIXES or kind == ".tar":           # what is not good gets no bytes, and is skipped
-                        good = member.isfile() and "../" not in member.name and member.name not in found
-                        found[member.name] = sample, (file, np.uint8, good * member.size, "", member.offset_data)
+                    elif kind in SUFFIXES or kind == ".tar":           # of what is bad no byte is read: it is skipped
+                        bad = kind == ".tar" or not member.isfile() or "../" in member.name or member.name in found
+                        found[member.name] = sample, (file, np.uint8, 0 if bad else member.size, "", member.offset_data)
         except (OSError, tarfile.TarError, LookupError, TypeError, ValueError, RecursionError) as e:
             common.die(f"{file}: {type(e).__name__}: {e}; fetch it again, with --save_additional_columns '[\"page\"]'")
         names += [f"{Path(file).name}/{name}" for name in found]

@@ -1,13 +1,13 @@
-"""Write the table `url, page` that img2dataset fetches, from documents of MMC4 or OBELICS. docs/web_pages.md is the road.
+"""Write the table `url, page` that img2dataset fetches, from documents of MMC4 or OBELICS (see docs/web_pages.md).
 
-Reads   FILES: MMC4's .jsonl or .jsonl.zip (image_info: raw_url, face_detections; url), or OBELICS' .parquet, which needs
+Reads   FILES: MMC4's .jsonl or .jsonl.zip (url; image_info: raw_url, face_detections); OBELICS' .parquet, which needs
         pyarrow, or the same rows as .jsonl (images: addresses and nulls; general_metadata: JSON with the page's url)
-Writes  OUT, a .csv. The rows of a page stand together, each address once; pages with fewer than two are left out, and
-        images with faces, where the set marks them. Pages are in the order of a hash: by name, all requests of a
-        while would go to one site.
+Writes  OUT, a .csv. The rows of a page stand together, each address once. Pages with fewer than two are left out, and
+        images with faces, where the set marks them. Pages are in the order of a hash. In the order of their names, all
+        requests of a while would go to one site.
 
-    python -m examples.web_pages mmc4/*.jsonl --out urls.csv                         # about 400 bytes of memory an image
-    python -m examples.web_pages obelics/train-00000*.parquet --pages 10000 --out urls.csv         # a random part
+    python -m examples.web_pages mmc4/*.jsonl --out urls.csv
+    python -m examples.web_pages obelics/train-000*.parquet --pages 10000 --out urls.csv         # a random part
 """
 import argparse
 import csv

@@ -1,6 +1,7 @@
 """Every bad input is one line on standard error that says what is wrong, and exit code 2 (DESIGN, section 8)."""
 import os
 import pickle
+import tarfile
 
 import numpy as np
 import pytest
@@ -40,6 +41,18 @@ def pickled(name):
 
 def array(name, value):
     return lambda folder: np.save(folder / name, np.array(value))
+
+
+def shard(name, size, content):
+    """A tar of one member, without its end."""
+    info = tarfile.TarInfo(name)
+    info.size = size
+    return lambda folder: (folder / "0.tar").write_bytes(info.tobuf() + content)
+
+
+def img2dataset_files(folder):
+    (folder / "00000").mkdir()
+    (folder / "00000" / "000000007.json").write_text("{}")
 
 
 def other_encoder(folder):
@@ -98,7 +111,10 @@ ROWS = [                                                                # script
     ("05_sample.py --checkpoint DATA/both.pt --interpolation 2", as_it_is, "--interpolation: 2 is not in [0, 1]"),
     ("02_filter_pairs.py --low 2", as_it_is, "--low: 2 is not in [-1, 1]"),
     ("02_filter_pairs.py --low 0.9999", as_it_is, "pairs of one page is between"),
-    ("01_embed.py --images DATA/nowhere --out DATA/new", as_it_is, "nowhere holds no images"),
+    ("01_embed.py --images DATA/*.tar --out DATA/new", shard("0.json", 13, b'{"status": 1}'), "0.tar: KeyError: 'page'"),
+    ("01_embed.py --images DATA --out DATA/new", shard("0.json", 7, b"no JSON"), "0.tar: JSONDecodeError"),
+    ("01_embed.py --images DATA/0.tar --out DATA/new", shard("0.jpg", 2000, b"cut"), "0.tar: ReadError"),
+    ("01_embed.py --images DATA --out DATA/new", img2dataset_files, "choose its --output_format webdataset"),
     ("06_fewshot_metrics.py", array("cls.npy", np.zeros((19, 6), np.float32)), "has 19 rows for 20 images"),
     ("06_fewshot_metrics.py", as_it_is, "samples has ./cls.npy; run 05_sample.py"),
     ("07_twostage.py y --rows 2sdm", as_it_is, "prior.pt is missing"),

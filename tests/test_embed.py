@@ -1,7 +1,9 @@
 """01_embed.py: sources, pages, held-out images, files, processes; EfficientNet-Lite0; the folders of examples/."""
+import io
 import json
 import os
 import struct
+import tarfile
 import zlib
 
 import numpy as np
@@ -206,6 +208,45 @@ def test_source_shows_the_encoder_more_than_the_stored_image(tmp_path):
     done("01_embed.py", "--images", tmp_path / "x.npy", *more, "--out", tmp_path / "samples")
     assert meta(tmp_path / "again")["encoder"] == meta(tmp_path / "source")["encoder"]
     assert meta(tmp_path / "samples")["encoder"]["embed"] == "stored"
+
+
+def tar_of(path, members):
+    """A tar of (name, bytes)."""
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+def test_tar_shards_hold_what_a_folder_holds(tmp_path):
+    """Both layouts give the arrays of the folder, its broken files included. A page straddles two shards of each."""
+    make_zoo(tmp_path / "zoo")
+    _, names, pages, _ = embed.folder(tmp_path / "zoo")
+    files = [(tmp_path / "zoo" / name).read_bytes() for name in names]
+    for shard, rows in enumerate((range(9), range(9, len(names)))):
+        tar_of(tmp_path / f"names{shard}.tar", [(f"{pages[i]}.{i}.png", files[i]) for i in rows])
+        images = [(f"{i:09d}.jpg", files[i]) for i in rows]
+        told = [(f"{i:09d}.json", b'{"page": "http://x/%d"}' % pages[i]) for i in rows]
+        tar_of(tmp_path / f"keys{shard}.tar", images + told if shard else told + images)
+    bad = ["../a.png", "c.tar", "c.009.png", "c.009.png"]
+    tar_of(tmp_path / "names2.tar", [(name, files[0]) for name in bad])
+    results = [run("01_embed.py", "--images", tmp_path / source, *SMALL, "--out", tmp_path / "out" / source[0])
+               for source in ("zoo", "keys*.tar", "names*.tar")]
+    assert [result.stdout.split(" skipped")[0].split()[-1] for result in results] == ["3", "3", "6"]
+    assert all(f"skipped names2.tar/{name} (" in results[2].stderr for name in bad)
+    assert len(list(tmp_path.iterdir())) == 7 and not (tmp_path.parent / "a.png").exists()       # nothing is unpacked
+    want, *found = (read(tmp_path / "out" / source) for source in "zkn")
+    assert all((data[array] == want[array]).all() for data in found for array in ("images", "pages", "cls", "tokens"))
+
+
+def test_web_pages_of_mmc4_and_obelics(tmp_path):
+    seen = [dict(raw_url=f"x/{i}", image_name=f"{i}.jpg", face_detections=[{}] * (i == 3)) for i in (1, 2, 1, 3, 4)]
+    rows = [dict(url="m", text_list=["t"], image_info=seen[:4]), dict(url="one", text_list=["t"], image_info=seen[3:]),
+            dict(images=["x/6", None, "x/7"], texts=[None, "t", None], general_metadata='{"url": "o"}')]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    done("-m examples.web_pages", tmp_path / "rows.jsonl", "--out", tmp_path / "urls.csv")
+    assert sorted((tmp_path / "urls.csv").read_text().splitlines()) == ["url,page", "x/1,m", "x/2,m", "x/6,o", "x/7,o"]
 
 
 def test_errors_are_one_line_and_exit_code_2(tmp_path):
