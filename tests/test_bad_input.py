@@ -51,8 +51,7 @@ def shard(name, size, content):
 
 
 def img2dataset_files(folder):
-    (folder / "00000").mkdir()
-    (folder / "00000" / "000000007.json").write_text("{}")
+    (folder / "00000" / "000000007.json").mkdir(parents=True)
 
 
 def other_encoder(folder):

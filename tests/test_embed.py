@@ -233,8 +233,7 @@ def test_tar_shards_hold_what_a_folder_holds(tmp_path):
     tar_of(tmp_path / "names2.tar", [(name, files[0]) for name in bad])
     results = [run("01_embed.py", "--images", tmp_path / source, *SMALL, "--out", tmp_path / "out" / source[0])
                for source in ("zoo", "keys*.tar", "names*.tar")]
-    assert [result.stdout.split(" skipped")[0].split()[-1] for result in results] == ["3", "3", "6"]
-    assert all(f"skipped names2.tar/{name} (" in results[2].stderr for name in bad)
+    assert all(f"skipped names2.tar/{name} (" in results[2].stderr for name in bad) and "6 skipped" in results[2].stdout
     assert len(list(tmp_path.iterdir())) == 7 and not (tmp_path.parent / "a.png").exists()       # nothing is unpacked
     want, *found = (read(tmp_path / "out" / source) for source in "zkn")
     assert all((data[array] == want[array]).all() for data in found for array in ("images", "pages", "cls", "tokens"))
