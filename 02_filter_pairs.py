@@ -15,7 +15,7 @@ high and leave almost no pair, and the same paragraph says that DINOv2 gives low
 was set to keep about as many pairs with both. Quantiles of the same-page similarities, the default here, do that for
 any encoder. 0.2 and 0.985 suit the digits: a sixth of their pairs is unrelated, 1.5% are nearly the same.
 
-One process, on the CPU, in two passes over tiles of at most 1024 x 1024 similarities. Memory: about 30 bytes an image.
+One process, on the CPU, in two passes over tiles of at most 1024 x 1024 similarities. Memory: about 45 bytes an image.
 Embeddings and pairs stay on disk.
 
     python 02_filter_pairs.py                                                          # digits, 5 s
