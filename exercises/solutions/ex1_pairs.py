@@ -2,10 +2,10 @@
 
 Question: why is the slope 1 / 1.25?
 Condition and target share the page's mean m and nothing else: c = m + d, t = m + e. The best slope is E[c t] / E[c c] =
-var(m) / (var(m) + var(d)) = 1 / (1 + 0.25). The model keeps what two images of a page have in common and forgets what
-only the condition has; the noise z must then tell it the rest, so samples vary. Near-duplicates: d and e are the same, the slope is 1,
-and the model copies. Strangers: nothing is shared, the slope is 0, and the model ignores its condition. This is why 02
-drops pairs at both ends.
+var(m) / (var(m) + var(d)) = 1 / (1 + 0.25). The model keeps what two images of a page have in common, and forgets what
+only the condition has. The noise z decides the rest, so samples vary. Near-duplicates: d and e are the same, the slope
+is 1, and the model copies. Strangers: nothing is shared, the slope is 0, and the model ignores its condition. This is
+why 02 drops pairs at both ends.
 """
 import numpy as np
 
