@@ -19,6 +19,7 @@ COMMANDS = [                                                            # comman
     (f"03_train_recon.py {TRAIN}", 2, "DATA/recon.pt"),                 # log written, checkpoint not
     (f"04_train_pairs.py {TRAIN}", 5, "DATA/pairs.pt"),                 # the second time
     (f"04_train_pairs.py {TRAIN}", 7, "DATA/pairs.pt"),                 # all but the final name
+    (f"07_twostage.py prior {TRAIN} --width 16", 2, "DATA/prior.pt"),   # its second checkpoint
     ("05_sample.py --data DATA --checkpoint DATA/both.pt --variations 2", 2, SAMPLES),   # conditions.npy written
     ("05_sample.py --data DATA --checkpoint DATA/both.pt --variations 2", 3, SAMPLES),   # samples.npy not
     ("06_fewshot_metrics.py --data DATA", 1, "DATA/metrics.json")]

@@ -1,4 +1,4 @@
-"""03 and 04: what they write, resuming, many processes, and that they are one program."""
+"""03 and 04: what they write, many processes, and that they are one program."""
 import ast
 import difflib
 import json
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, run
-from small import here, same
+from small import here
 
 SCRIPTS = {"03_train_recon.py": "recon", "04_train_pairs.py": "pairs"}
 
@@ -114,27 +114,14 @@ def test_one_image_is_learned_by_heart(tiny_data):
     assert rows[-1]["loss"] < 0.7 * rows[0]["loss"]
 
 
-def test_resume_equals_the_uninterrupted_run(tiny_data, monkeypatch):
-    flags = ("--steps", 7, "--save-every", 3)
-    _, whole = train(tiny_data, *flags, name="whole")
-    save = common.save
-
-    def stop(path, *state):
-        save(path, *state)
-        raise KeyboardInterrupt
-    with monkeypatch.context() as patch:
-        patch.setattr(common, "save", stop)
-        for step in (3, 6):
-            with pytest.raises(KeyboardInterrupt):
-                train(tiny_data, *flags)
-            assert common.load(tiny_data / "pairs.pt.partial", "")["step"] == step
-    _, resumed = train(tiny_data, *flags)
-    assert same(resumed, whole)
-    with pytest.raises(SystemExit) as stop:                             # finished: says so, and ends well
-        train(tiny_data, *flags)
-    assert not stop.value.code
-    log = log_of(tiny_data / "pairs.pt")
-    assert [row["step"] for row in log] == [3, 6, 7] and log == log_of(tiny_data / "whole.pt")
+@pytest.mark.parametrize("command", ["04_train_pairs.py", "07_twostage.py prior --width 16"])
+def test_a_finished_training_says_so_and_ends_well(tiny_data, capsys, command):
+    """test_survival.py interrupts trainings: repeated, they end like those that nothing interrupts."""
+    command = (*command.split(), "--data", tiny_data, "--steps", 1, "--batch", 4)
+    here(*command)
+    with pytest.raises(SystemExit) as stop:
+        here(*command)
+    assert not stop.value.code and "is there already, 1 steps" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flags", [["--accumulate", 2], ["--recompute"], ["--workers", 1]])

@@ -1,4 +1,4 @@
-"""07_twostage.py, examples/augment.py: the prior on a known distribution, resuming, labels, views, told, the rows."""
+"""07_twostage.py, examples/augment.py: the prior on a known distribution, labels, views, told, the rows."""
 import json
 
 import numpy as np
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import common
-from conftest import ROOT, done, module, run
+from conftest import done, module, run
 
 twostage = module("07_twostage.py")
 CPU = torch.device("cpu")
@@ -116,21 +116,6 @@ def test_principal_components_against_eigenvectors():
     vectors = np.linalg.eigh(np.cov(cls[train].T.astype(np.float64)))[1][:, ::-1][:, :3]  # the largest first
     expected = (cls - cls[train].mean(0)) @ vectors
     np.testing.assert_allclose(np.abs(found), np.abs(expected), atol=1e-3)               # a direction has no sign
-
-
-def test_resume_equals_the_uninterrupted_run(tiny_data):
-    flags = ("--steps", 6, "--save-every", 3)
-    script = tiny_data / "crash.py"                                     # kill -9 in the middle of a run
-    script.write_text("import os\nfrom conftest import module\nt = module('07_twostage.py')\nbatch_of = t.batch_of\n"
-                      "t.batch_of = lambda *a: os.kill(os.getpid(), 9) if a[1] == 4 else batch_of(*a)\nt.main()\n")
-    run(str(script), "prior", "--data", tiny_data, *SMALL, *flags, PYTHONPATH=f"{ROOT}:{ROOT}/tests")
-    assert common.load(tiny_data / "prior.pt.partial")["step"] == 3 and not (tiny_data / "prior.pt").exists()
-    step(tiny_data, "prior", *flags)
-    step(tiny_data, "prior", *flags, "--prior", tiny_data / "whole.pt")
-    resumed, whole = (common.load(tiny_data / name) for name in ("prior.pt", "whole.pt"))
-    assert all(torch.equal(resumed["ema"][name], value) for name, value in whole["ema"].items())
-    assert (tiny_data / "prior.jsonl").read_text() == (tiny_data / "whole.jsonl").read_text()
-    assert "already" in step(tiny_data, "prior", *flags)
 
 
 @pytest.mark.parametrize("label", [False, True])
