@@ -37,11 +37,20 @@ def module(name):
     return found
 
 
+def write_data(folder, encoder, **arrays):
+    """Write arrays as FOLDER/NAME.npy, and a data.json like that of 01; returns the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, array in arrays.items():
+        np.save(folder / f"{name}.npy", array)
+    about = dict(preset="digits16", images=len(arrays["cls"]), source="test", encoder=encoder)
+    (folder / "data.json").write_text(json.dumps(about))
+    return folder
+
+
 @pytest.fixture
 def tiny_data(tmp_path):
     """A folder like those of 01: 4 pages of 5 random 16 px images, the last of each page held out; and pairs.npy of 02."""
-    rng, folder, n = np.random.default_rng(0), tmp_path / "data", 20
-    folder.mkdir()
+    rng, n = np.random.default_rng(0), 20
     pages = np.repeat(np.arange(4, dtype=np.int32), 5)
     split = (np.arange(n) % 5 == 4).astype(np.uint8)
     train = split == 0
@@ -50,8 +59,4 @@ def tiny_data(tmp_path):
                   names=np.array([f"{page}/{k}.png" for k, page in enumerate(pages)]),
                   cls=rng.normal(size=(n, 6)).astype(np.float32), tokens=rng.normal(size=(n, 4, 5)).astype(np.float16),
                   pairs=np.stack([i, j], 1), sims=rng.uniform(size=len(i)).astype(np.float32))
-    for name, array in arrays.items():
-        np.save(folder / f"{name}.npy", array)
-    encoder = dict(name="tiny", px=16, size=16, dim=6, tokens=[4, 5])
-    (folder / "data.json").write_text(json.dumps(dict(preset="digits16", images=n, source="test", encoder=encoder)))
-    return folder
+    return write_data(tmp_path / "data", dict(name="tiny", px=16, size=16, dim=6, tokens=[4, 5]), **arrays)

@@ -1,11 +1,10 @@
 """02_filter_pairs.py against brute force: pairs, thresholds, the cap of a page, exclusion, the command line."""
-import json
 import sys
 
 import numpy as np
 import pytest
 
-from conftest import done, module, run
+from conftest import done, module, write_data
 
 filter_pairs = module("02_filter_pairs.py")
 SCRIPT = "02_filter_pairs.py"
@@ -13,12 +12,8 @@ SCRIPT = "02_filter_pairs.py"
 
 def write_folder(folder, cls, pages, split):
     """What 01 would write, as far as 02 reads it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    np.save(folder / "cls.npy", np.asarray(cls, np.float32))
-    np.save(folder / "pages.npy", np.asarray(pages, np.int32))
-    np.save(folder / "split.npy", np.asarray(split, np.uint8))
-    (folder / "data.json").write_text(json.dumps(dict(preset="digits16", encoder=dict(name="test", size=16))))
-    return folder
+    arrays = dict(cls=np.asarray(cls, np.float32), pages=np.asarray(pages, np.int32), split=np.asarray(split, np.uint8))
+    return write_data(folder, dict(name="test", size=16), **arrays)
 
 
 def example(seed=0):
@@ -142,11 +137,3 @@ def test_command_line_drops_strangers_and_near_duplicates(tmp_path):
     assert (kept == wanted).all()
     for name in ("pairs.npy", "sims.npy"):
         assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
-
-
-@pytest.mark.parametrize("flags, words", [
-    (["--low", 0.9999, "--high", 0.99999], "none of"), (["--exclude", "gone.npy"], "missing")])
-def test_errors_are_one_line(tmp_path, flags, words):
-    result = run(SCRIPT, "--data", write_folder(tmp_path, *example()), *flags)
-    assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
-    assert words in result.stderr and not (tmp_path / "pairs.npy").exists()

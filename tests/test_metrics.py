@@ -1,14 +1,12 @@
 """06_fewshot_metrics.py: FID, KID, precision, recall against independent formulas, the references, the command line."""
 import json
 import re
-import shutil
 
 import numpy as np
 import pytest
-import scipy.linalg
 import torch
 
-from conftest import done, module, run
+from conftest import done, module, write_data
 
 metrics = module("06_fewshot_metrics.py")
 SCRIPT = "06_fewshot_metrics.py"
@@ -37,34 +35,21 @@ def brute_precision_recall(fake, real, k=3):
 
 
 def brute_fid(x, y):
-    """With scipy's square root of a matrix, where covariances have full rank."""
-    root = scipy.linalg.sqrtm(np.cov(x.T) @ np.cov(y.T)).real
-    return ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(np.cov(x.T) + np.cov(y.T) - 2 * root)
+    """The formula as it is written, with tr (S_x S_y)^1/2 = tr (R S_y R)^1/2 for R = S_x^1/2."""
+    def root(s):
+        values, vectors = np.linalg.eigh(s)
+        return vectors * values.clip(0) ** 0.5 @ vectors.T
+    s_x, s_y = np.cov(x.T), np.cov(y.T)
+    return ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(s_x + s_y - 2 * root(root(s_x) @ s_y @ root(s_x)))
 
 
-@pytest.mark.parametrize("n, m, d", [(60, 61, 30), (400, 300, 20)])
-def test_fid_is_that_of_sqrtm(n, m, d):
+@pytest.mark.parametrize("n, m, d", [(60, 61, 30), (400, 300, 20), (12, 20, 40), (50, 50, 40), (41, 1000, 40)])
+def test_fid_is_that_of_the_covariances(n, m, d):
+    """Also where n < d."""
     rng = np.random.default_rng(0)
     x, y = features(rng, n, d).astype(float), features(rng, m, d, 1.3, 0.2).astype(float)
     assert compare(x, y)["fid"] == pytest.approx(brute_fid(x, y), rel=1e-6)
     assert compare(y, x)["fid"] == pytest.approx(compare(x, y)["fid"], rel=1e-9)
-
-
-@pytest.mark.parametrize("n, m, d", [(12, 20, 40), (50, 50, 40), (400, 300, 40), (41, 1000, 40)])
-def test_fid_of_gaussians_with_common_axes_is_the_closed_form(n, m, d):
-    """|shift|^2 + sum (s_x - s_y)^2, s the deviations along the axes; also where n < d."""
-    rng = np.random.default_rng(1)
-    axes, shift = np.linalg.qr(rng.normal(size=(d, d)))[0], rng.normal(size=d)
-
-    def gaussian(n, deviations):                                        # mean 0 and these deviations, exactly
-        z = rng.normal(size=(n, np.count_nonzero(deviations)))
-        z = np.linalg.qr(z - z.mean(0))[0] * np.sqrt(n - 1)
-        return z * deviations[deviations > 0] @ axes[:, deviations > 0].T
-
-    s_x, s_y = rng.uniform(0.3, 2, (2, d))
-    s_x[n - 1:], s_y[:max(0, d - m + 1)] = 0, 0                         # as many as n - 1 and m - 1 points can span
-    found = compare(gaussian(n, s_x), gaussian(m, s_y) + shift)["fid"]
-    assert found == pytest.approx((shift ** 2).sum() + ((s_x - s_y) ** 2).sum(), rel=1e-9)
 
 
 def test_a_set_with_itself_and_shifted():
@@ -84,13 +69,6 @@ def test_kid_is_the_double_loop():
 
     expected = mean_kernel(x, x, True) + mean_kernel(y, y, True) - 2 * mean_kernel(x, y)
     assert compare(x, y)["kid"] == pytest.approx(expected, rel=1e-9)
-
-
-def test_kid_is_unbiased():
-    """Two halves of one distribution: zero on average."""
-    rng = np.random.default_rng(5)
-    values = np.array([compare(*features(rng, 80, 6, 0.3).reshape(2, 40, 6))["kid"] for _ in range(300)])
-    assert abs(values.mean()) < 4 * values.std() / np.sqrt(300)
 
 
 @pytest.mark.parametrize("n, m, d", [(60, 90, 5), (150, 40, 30), (4, 4, 3)])
@@ -186,17 +164,10 @@ def folder(tmp_path):
     pages, split = np.repeat(np.arange(8), 9).astype(np.int32), (np.arange(n) % 9 >= 6).astype(np.uint8)
     cls = (features(rng, n, d) + rng.normal(size=(8, d))[pages]).astype(np.float32)
     conditions, encoder = np.arange(6, n, 9), dict(name="test", px=8, size=16, dim=d, tokens=[1, 2])
-    about = json.dumps(dict(preset="digits16", images=n, source="test", encoder=encoder))
-    for name, array in dict(cls=cls, pages=pages, split=split).items():
-        np.save(tmp_path / f"{name}.npy", array)
-    (tmp_path / "data.json").write_text(about)
+    write_data(tmp_path, encoder, cls=cls, pages=pages, split=split)
     for name, model, guidance, spread in (("a", "recon", 1.0, 0.1), ("b", "pairs", 2.0, 0.5), ("c", "pairs", 0.0, 1.0)):
-        made = tmp_path / "samples" / name
-        made.mkdir(parents=True)
-        np.save(made / "conditions.npy", conditions)
         near = np.repeat(cls[conditions], 5, 0) + spread * rng.normal(size=(40, d))
-        np.save(made / "cls.npy", near.astype(np.float32))
-        (made / "data.json").write_text(about)
+        made = write_data(tmp_path / "samples" / name, encoder, cls=near.astype(np.float32), conditions=conditions)
         (made / "samples.json").write_text(json.dumps(dict(model=model, guidance=guidance, seed=0)))
     return tmp_path
 
@@ -243,27 +214,11 @@ def test_a_judge_has_its_own_features(folder):
     """Other features of the same images; the folder's own are wide of the mark. Copy scores are the judge's as well."""
     plain, turn = scored(folder), np.linalg.qr(np.random.default_rng(0).normal(size=(12, 12)))[0].astype(np.float32)
     for made in (folder, *folder.glob("samples/*")):
-        (made / "judge").mkdir()
-        np.save(made / "judge" / "cls.npy", 2 * array(made / "cls.npy") @ turn)
+        write_data(made / "judge", plain[0]["encoder"], cls=2 * array(made / "cls.npy") @ turn)
         np.save(made / "cls.npy", array(made / "cls.npy")[::-1])
-        shutil.copy(made / "data.json", made / "judge")
     for row, judged in zip(plain, scored(folder, "--judge", "judge"), strict=True):
         assert judged["fid"] == pytest.approx(4 * row["fid"], rel=1e-4)
         assert judged["copy"] == pytest.approx(row["copy"], rel=1e-4)
-
-
-@pytest.mark.parametrize("flaw, words", [("encoder", "embedded by"), ("rows", "39 features"), ("none", "no folder")])
-def test_errors_are_one_line(folder, flaw, words):
-    made = folder / "samples" / "b"
-    if flaw == "encoder":
-        (made / "data.json").write_text((made / "data.json").read_text().replace('"px": 8', '"px": 16'))
-    elif flaw == "rows":
-        np.save(made / "cls.npy", array(made / "cls.npy")[:-1])
-    else:
-        (folder / "samples").rename(folder / "elsewhere")
-    result = run(SCRIPT, "--data", folder, "--device", "cpu")
-    assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
-    assert words in result.stderr and not (folder / "metrics.json").exists()
 
 
 def test_a_judge_of_digits(tiny_data):
