@@ -4,18 +4,18 @@ here() runs one in this process. `python tests/small.py N SCRIPT FLAGS` is kille
 about to get its final name (0: never); processes with another rank than 0 write none.
 """
 import itertools
+import json
 import os
 import runpy
 import signal
 import sys
 import time
-from pathlib import Path
 
 import common
 import numpy as np
 import torch
+from conftest import ROOT, write_data
 
-ROOT = Path(__file__).parents[1]
 SMALL = dict(channels=(16, 32), blocks=(1, 1), sample_steps=2, warmup=5)
 torch.set_num_threads(1)
 
@@ -48,6 +48,15 @@ def checkpoint(path, cond, **settings):
     config = common.PRESETS["digits16"] | dict(network=network, encoder=encoder, cond=cond, cls=None) | settings
     torch.save(dict(model=model.state_dict(), ema=model.state_dict(), step=7, config=config), path)
     return path
+
+
+def samples(data):
+    """Write DATA/samples/old as 05 and 01 --cls-only would: ten random embeddings for each of four conditions."""
+    folder, encoder = data / "samples" / "old", common.load(data / "data.json")["encoder"]
+    cls = np.random.default_rng(0).normal(size=(40, 6)).astype(np.float32)
+    write_data(folder, encoder, cls=cls, conditions=np.array([4, 9, 14, 19]))
+    about = dict(model="both", step=7, guidance=1.0, draw=0, seed=0, per_page=1, variations=10, sample_steps=2, y=None)
+    (folder / "samples.json").write_text(json.dumps(about))
 
 
 def same(a, b):

@@ -6,7 +6,7 @@ import tarfile
 import numpy as np
 import pytest
 import torch
-from small import checkpoint, here
+from small import checkpoint, here, samples
 
 
 class Bomb:
@@ -114,8 +114,13 @@ ROWS = [                                                                # script
     ("01_embed.py --images DATA --out DATA/new", shard("0.json", 7, b"no JSON"), "0.tar: JSONDecodeError"),
     ("01_embed.py --images DATA/0.tar --out DATA/new", shard("0.jpg", 2000, b"cut"), "0.tar: ReadError"),
     ("01_embed.py --images DATA --out DATA/new", img2dataset_files, "choose its --output_format webdataset"),
+    ("02_filter_pairs.py --exclude DATA/gone.npy", as_it_is, "gone.npy is missing"),
+    ("01_embed.py --images DATA/nowhere --out DATA/new", as_it_is, "nowhere holds no images"),
+    ("01_embed.py --images DATA/empty --out DATA/new", lambda folder: (folder / "empty").mkdir(), "holds no images"),
     ("06_fewshot_metrics.py", array("cls.npy", np.zeros((19, 6), np.float32)), "has 19 rows for 20 images"),
-    ("06_fewshot_metrics.py", as_it_is, "samples has ./cls.npy; run 05_sample.py"),
+    ("06_fewshot_metrics.py", missing("samples/old/cls.npy"), "samples has ./cls.npy; run 05_sample.py"),
+    ("06_fewshot_metrics.py", array("samples/old/cls.npy", np.zeros((39, 6), np.float32)), "39 features for 4"),
+    ("06_fewshot_metrics.py", other_encoder, "samples/old was embedded by"),
     ("07_twostage.py y --rows 2sdm", as_it_is, "prior.pt is missing"),
     ("07_twostage.py prior --lr 0", as_it_is, "--lr: 0 is not in"),
 ]
@@ -130,16 +135,21 @@ def test_the_bomb_goes_off(tmp_path):
 def folder(tiny_data):
     for cond in ("both", "film", "none"):
         checkpoint(tiny_data / f"{cond}.pt", cond)
+    samples(tiny_data)
     checkpoint(tiny_data / "undropped.pt", "film", cond_drop=0)
     checkpoint(tiny_data / "kmeans.pt", "film", cls="kmeans.npy")
     return tiny_data
+
+
+def contents(folder):
+    return {path: path.is_file() and path.read_bytes() for path in folder.rglob("*") if ".tmp" not in path.name}
 
 
 @pytest.mark.parametrize("command, damage, fragment", ROWS, ids=[f"{row[0]}: {row[2]}" for row in ROWS])
 def test_one_line_and_exit_code_2(folder, capfd, command, damage, fragment):
     damage(folder)
     capfd.readouterr()
-    before = sorted(path for path in folder.rglob("*") if ".tmp" not in path.name)
+    before = contents(folder)
     script, *flags = command.replace("DATA", str(folder)).split()
     with pytest.raises(SystemExit) as stop:
         here(script, "--data", folder, *flags)
@@ -147,4 +157,4 @@ def test_one_line_and_exit_code_2(folder, capfd, command, damage, fragment):
     assert stop.value.code == 2 and len(lines) == 1, lines
     assert lines[0].startswith("error: ") and fragment in lines[0], lines[0]
     assert not (folder / "executed").exists()
-    assert sorted(path for path in folder.rglob("*") if ".tmp" not in path.name) == before
+    assert contents(folder) == before

@@ -2,9 +2,7 @@
 import io
 import json
 import os
-import struct
 import tarfile
-import zlib
 
 import numpy as np
 import pytest
@@ -35,15 +33,6 @@ def halves(first, second, size=(40, 40)):
     image = Image.new("RGB", size, first)
     image.paste(second, (size[0] // 2, 0, *size))
     return image
-
-
-def png_of_size(side):
-    """A valid 1-bit PNG of side x side zeros in a few kB."""
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
-    rows = zlib.compress(bytes((side + 7) // 8 + 1) * side)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
 
 
 def make_zoo(root):
@@ -78,7 +67,7 @@ def make_zoo(root):
     want[odd] = RED
     for i, shade in enumerate(np.random.default_rng(0).integers(0, 256, (60, 3)).tolist()):      # several batches
         add(f"many/{i:03d}.png", solid(tuple(shade)), tuple(shade))
-    (root / "kinds/bomb.png").write_bytes(png_of_size(16_000))         # 256 megapixels in 31 kB
+    (root / "kinds/bomb.ppm").write_bytes(b"P6 16000 16000 255\n")     # says that it has 256 megapixels
     (root / "kinds/cut.png").write_bytes((root / "kinds/grey16.png").read_bytes()[:60])
     (root / "alpha/text.jpg").write_text("not an image")
     (root / "kinds/._palette.png").write_text("a hidden file")
@@ -103,7 +92,7 @@ def test_every_kind_of_image_through_one_process_and_two(tmp_path):
     folders = [os.path.dirname(name) for name in data["names"]]
     assert (np.unique(folders, return_inverse=True)[1] == data["pages"]).all()
     assert [int(data["split"][data["pages"] == page].sum()) for page in range(4)] == [0, 0, 2, 12]
-    for line in ("skipped kinds/bomb.png (DecompressionBomb", "skipped kinds/cut.png (", "skipped alpha/text.jpg ("):
+    for line in ("skipped kinds/bomb.ppm (DecompressionBomb", "skipped kinds/cut.png (", "skipped alpha/text.jpg ("):
         assert line in result.stderr
     assert f"{len(want)} images, 3 skipped, 4 pages, 14 held out" in result.stdout
     assert meta(one) == dict(preset="digits16", source=str(tmp_path / "zoo"), images=len(want), encoder=dict(
@@ -248,17 +237,14 @@ def test_web_pages_of_mmc4_and_obelics(tmp_path):
     assert sorted((tmp_path / "urls.csv").read_text().splitlines()) == ["url,page", "x/1,m", "x/2,m", "x/6,o", "x/7,o"]
 
 
-def test_errors_are_one_line_and_exit_code_2(tmp_path):
-    for folder in ("empty", "junk"):
-        (tmp_path / folder).mkdir()
+def test_a_folder_of_junk_is_an_error(tmp_path):
     for i in range(3):
-        (tmp_path / "junk" / f"{i}.png").write_text("junk")
-    solid(RED).save(tmp_path / "junk" / "good.png")
-    for name, words in (("nowhere", "holds no images"), ("empty", "holds no images"), ("junk", "3 of 4 files")):
-        result = run("01_embed.py", "--images", tmp_path / name, *SMALL, "--out", tmp_path / "out")
-        errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-        assert result.returncode == 2 and len(errors) == 1 and words in errors[0], result.stderr
-        assert "Traceback" not in result.stderr and not (tmp_path / "out" / "data.json").exists()
+        (tmp_path / f"{i}.png").write_text("junk")
+    solid(RED).save(tmp_path / "good.png")
+    result = run("01_embed.py", "--images", tmp_path, *SMALL, "--out", tmp_path / "out")
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert result.returncode == 2 and len(errors) == 1 and "3 of 4 files" in errors[0], result.stderr
+    assert "Traceback" not in result.stderr and not (tmp_path / "out" / "data.json").exists()
 
 
 @pytest.mark.parametrize("px", [64, 75])                               # odd sides are padded differently

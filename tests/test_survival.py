@@ -8,7 +8,7 @@ import common
 import numpy as np
 import pytest
 from conftest import run
-from small import checkpoint, here, same
+from small import checkpoint, here, same, samples
 
 TRAIN = "--data DATA --batch 4 --steps 4 --save-every 2"
 IMAGES = "--images DATA/images.npy --encoder efficientnet_lite0 --encoder-px 32"
@@ -45,13 +45,7 @@ def folder(tiny_data):
     checkpoint(tiny_data / "both.pt", "both")
     np.save(tiny_data / "split.npy", np.zeros(20, np.uint8))            # so that 06 has enough references
     (tiny_data / "sims.npy").unlink()                                   # 02 is to write it
-    samples, rng = tiny_data / "samples" / "old", np.random.default_rng(0)
-    samples.mkdir(parents=True)
-    shutil.copy(tiny_data / "data.json", samples)
-    np.save(samples / "cls.npy", rng.normal(size=(40, 6)).astype(np.float32))
-    np.save(samples / "conditions.npy", np.array([4, 9, 14, 19]))
-    about = dict(model="both", step=7, guidance=1.0, draw=0, seed=0, per_page=1, variations=10, sample_steps=2, y=None)
-    (samples / "samples.json").write_text(json.dumps(about))
+    samples(tiny_data)
     return tiny_data
 
 
