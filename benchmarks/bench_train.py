@@ -85,25 +85,27 @@ def make(name, preset):
     return ours(preset, *TOLD), lambda net, z, logsnr, tokens, cls: net(z, logsnr, tokens=tokens, cls=cls)
 
 
-def training(name, preset, batch):
-    """(step, network): step() is one optimiser step of it."""
-    net, predict = make(name, preset)
+def training(net, predict, preset, condition, compiled=False):
+    """step(): one optimiser step of a network, as in 03. condition: what it is told, [B, ...] each, on its device."""
+    batch, device = len(condition["tokens"]), condition["tokens"].device
     ema = copy.deepcopy(net).requires_grad_(False)
+    called = torch.compile(net) if compiled else net
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-4, betas=(0.9, 0.99), eps=1e-12, fused=True)
-    x = torch.rand(batch, 3, preset["size"], preset["size"]) * 2 - 1
-    condition = {name: torch.randn(batch, *shape) for name, shape in TOLD.items()}
-    logsnr = common.logsnr_schedule((torch.arange(batch) + 0.5) / batch, preset["size"], preset["noise_size"])
+    x = torch.rand(batch, 3, preset["size"], preset["size"], device=device) * 2 - 1
+    t = (torch.arange(batch, device=device) + 0.5) / batch
+    logsnr = common.logsnr_schedule(t, preset["size"], preset["noise_size"])
     alpha, sigma = common.alpha_sigma(logsnr)
 
     def step():
         eps = torch.randn_like(x)
-        v = predict(net, alpha * x + sigma * eps, logsnr, **condition)
-        common.diffusion_loss(v, x, eps, logsnr, "v").mean().backward()
+        with common.autocast(device, preset["amp"]):
+            v = predict(called, alpha * x + sigma * eps, logsnr, **condition)
+        common.diffusion_loss(v, x, eps, logsnr, preset["loss"]).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
         for average, weight in zip(ema.parameters(), net.parameters()):
             average.lerp_(weight.detach(), 1 - preset["ema"])
-    return step, net
+    return step
 
 
 def loop_speed(data, preset, batch):
@@ -124,11 +126,13 @@ def main():
     p.add_argument("--rounds", type=common.count, default=20)
     args = p.parse_args()
     preset, steps, rows = common.PRESETS[args.preset], {}, {name: dict(network=name) for name in args.networks}
+    condition = {name: torch.randn(args.batch, *shape) for name, shape in TOLD.items()}
     for name, row in rows.items():
         try:
-            steps[name], net = training(name, preset, args.batch)
+            net, predict = make(name, preset)
         except ImportError:
             continue
+        steps[name] = training(net, predict, preset, condition)
         with FlopCounterMode(display=False) as counter:
             steps[name]()
         row |= dict(parameters=parameters(net), flops_image=counter.get_total_flops() / args.batch)

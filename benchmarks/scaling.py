@@ -113,15 +113,20 @@ def run(model, loss_of, recompute=False):
     return dict(forward=forward, step=counter.get_total_flops(), kept=kept.bytes(), largest=max(grown), copies=copies)
 
 
+def untrained(preset):
+    """(model, what it is told): a preset's network, its condition that of DINOv2-L."""
+    told = {"tokens": TOKENS} if preset["cond"] == "tokens" else {"tokens": TOKENS, "cls": (CLS,)}
+    return common.UViT(*(preset[key] for key in ("size", "patch", "channels", "blocks", "transformers")), told), told
+
+
 def count(preset):
     """What one image takes. parameters, in all; block, those of the largest; root, those in none; forward, FLOPs;
 
     step, FLOPs, and image, bytes kept, each [plain, with --recompute]; copies, bytes of the bfloat16 weights.
     """
     size = preset["size"]
-    told = {"tokens": TOKENS} if preset["cond"] == "tokens" else {"tokens": TOKENS, "cls": (CLS,)}
     with torch.device("meta"):
-        model = common.UViT(*(preset[key] for key in ("size", "patch", "channels", "blocks", "transformers")), told)
+        model, told = untrained(preset)
         x, logsnr = torch.empty(1, 3, size, size), torch.empty(1)
         condition = {name: torch.empty(1, *shape) for name, shape in told.items()}
 
