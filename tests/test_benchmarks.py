@@ -1,6 +1,8 @@
 """benchmarks/: counts against a second count, verdicts from made-up figures, tiny runs. Speed is not tested."""
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -56,3 +58,12 @@ def test_tiny_runs(tiny_data, tmp_path):
     done("-m benchmarks.bench_embed", "--help")
     done("-m benchmarks.variants", "narrow", "03_train_recon.py", "--data", tiny_data, "--steps", 2, "--batch", 4)
     assert common.load(tiny_data / "recon.pt")["config"]["network"]["channels"] == (16, 32, 64)
+
+
+def test_gpu_scripts_without_a_gpu(tmp_path):
+    (tmp_path / "page").write_text("<!-- gpu -->\n<!-- end -->\n")
+    measure = f"gpu.sh --device cpu --only same matmul train --out {tmp_path}/found.json --write {tmp_path}/page"
+    for command in (measure, f"gpu_demo.sh {tmp_path}/demo --device cpu"):
+        subprocess.run(f"MODELS=pairs PYTHON={sys.executable} bash benchmarks/{command}", shell=True, cwd=ROOT, check=True)
+    assert "MFU" in common.load(tmp_path / "found.json")["rows"]["train"]["tiny, batch 4"]
+    assert "| tiny, batch 4 |" in (tmp_path / "page").read_text() and (tmp_path / "demo/metrics.txt").exists()
