@@ -63,7 +63,7 @@ def test_tiny_runs(tiny_data, tmp_path):
 def test_gpu_scripts_without_a_gpu(tmp_path):
     (tmp_path / "page").write_text("<!-- gpu -->\n<!-- end -->\n")
     measure = f"gpu.sh --device cpu --only same matmul train --out {tmp_path}/found.json --write {tmp_path}/page"
-    for command in (measure, f"gpu_demo.sh {tmp_path}/d --device cpu"):
-        subprocess.run(f"MODELS=pairs PYTHON={sys.executable} bash benchmarks/{command}", shell=True, cwd=ROOT, check=True)
+    for call in (measure, f"gpu_demo.sh {tmp_path}/d --device cpu"):
+        subprocess.run(f"MODELS=pairs PYTHON={sys.executable} bash benchmarks/{call}", shell=True, cwd=ROOT, check=True)
     assert "MFU" in common.load(tmp_path / "found.json")["rows"]["train"]["tiny, batch 4"]
     assert "| tiny, batch 4 |" in (tmp_path / "page").read_text() and (tmp_path / "d/metrics.txt").exists()
