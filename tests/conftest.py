@@ -14,12 +14,13 @@ sys.path.insert(0, str(ROOT))
 
 
 def run(script, *flags, processes=1, cwd=ROOT, **env):
-    """`python SCRIPT FLAGS` in the repository (SCRIPT may be "-m beyond.dial"), or the same under torchrun, on the CPU."""
+    """`python SCRIPT FLAGS` in the repository (SCRIPT may be "-m beyond.dial"), or under torchrun, on the CPU."""
     launch = [sys.executable]
     if processes > 1:
         launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     settings = os.environ | dict(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", PYTHONPATH=str(ROOT)) | env
-    return subprocess.run([*launch, *script.split(), *map(str, flags)], cwd=cwd, env=settings, text=True, capture_output=True)
+    command = [*launch, *script.split(), *map(str, flags)]
+    return subprocess.run(command, cwd=cwd, env=settings, text=True, capture_output=True)
 
 
 def done(script, *flags, **options):
@@ -42,14 +43,14 @@ def write_data(folder, encoder, **arrays):
     folder.mkdir(parents=True, exist_ok=True)
     for name, array in arrays.items():
         np.save(folder / f"{name}.npy", array)
-    about = dict(preset="digits16", images=len(arrays["cls"]), source="test", encoder=encoder)
+    about = dict(preset="digits16", images=len(next(iter(arrays.values()))), source="test", encoder=encoder)
     (folder / "data.json").write_text(json.dumps(about))
     return folder
 
 
 @pytest.fixture
 def tiny_data(tmp_path):
-    """A folder like those of 01: 4 pages of 5 random 16 px images, the last of each page held out; and pairs.npy of 02."""
+    """A folder like those of 01: 4 pages of 5 random 16 px images, the last of each page held out; pairs.npy of 02."""
     rng, n = np.random.default_rng(0), 20
     pages = np.repeat(np.arange(4, dtype=np.int32), 5)
     split = (np.arange(n) % 5 == 4).astype(np.uint8)

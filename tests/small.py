@@ -35,16 +35,21 @@ def here(script, *flags):
         common.PRESETS["digits16"], sys.argv, time.perf_counter = before
 
 
+def nowhere_zero(model):
+    """Make the parameters random that begin at zero: then everything reaches the output."""
+    for p in model.parameters():
+        if not p.any():
+            torch.nn.init.normal_(p, std=0.1)
+    return model
+
+
 def checkpoint(path, cond, **settings):
     """Write a checkpoint like those of 03 for the fixture tiny_data, with random weights that are nowhere zero."""
     told = dict(both={"cls": (6,), "tokens": (4, 5)}, film={"cls": (6,)}, none={})[cond]
     network = dict(size=16, patch=1, channels=(16, 32), blocks=(1, 1), transformers=1, told=told)
     encoder = dict(name="tiny", px=16, size=16, dim=6, tokens=[4, 5])
     torch.manual_seed(0)
-    model = common.UViT(**network)
-    for p in model.parameters():
-        if not p.any():
-            torch.nn.init.normal_(p, std=0.1)
+    model = nowhere_zero(common.UViT(**network))
     config = common.PRESETS["digits16"] | dict(network=network, encoder=encoder, cond=cond, cls=None) | settings
     torch.save(dict(model=model.state_dict(), ema=model.state_dict(), step=7, config=config), path)
     return path

@@ -7,7 +7,7 @@ import tarfile
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, done, module, run
+from conftest import done, module, run
 from PIL import Image
 
 embed = module("01_embed.py")
@@ -46,7 +46,7 @@ def make_zoo(root):
         want[name] = colour
 
     turned = Image.Exif()
-    turned[0x0112] = 6                                                 # shown a quarter turn clockwise: left becomes top
+    turned[0x0112] = 6                                                 # shown a quarter turn clockwise: left is top
     add("kinds/exif.jpg", halves(RED, BLUE), (RED, BLUE), exif=turned, quality=95)
     add("kinds/large.JPG", Image.new("RGB", (900, 600), BLUE), BLUE, quality=95)
     add("kinds/grey.png", solid(77, "L"), (77,) * 3)
@@ -160,7 +160,7 @@ def test_one_image_then_another_run_into_its_folder(tmp_path):
 
 
 def test_samples_take_the_path_of_the_images(tmp_path):
-    """Stored images, embedded again as samples [n, k, S, S, 3], get the embeddings they had; nothing else is written."""
+    """Stored images, embedded again as samples [n, k, S, S, 3], get the same embeddings. Nothing else is written."""
     rng, real, samples = np.random.default_rng(0), tmp_path / "real", tmp_path / "samples"
     for folder in (samples, tmp_path / "photos"):
         folder.mkdir()

@@ -11,7 +11,7 @@ from PIL import Image
 transformers = pytest.importorskip("transformers", reason="needs requirements-encoders.txt")
 embed = module("01_embed.py")
 CPU = torch.device("cpu")
-# mean and std of values in 0..1 as published: github.com/facebookresearch/dinov2, google-research/big_vision, openai/CLIP
+# mean, std of values in 0..1 as published, github.com: facebookresearch/dinov2, google-research/big_vision, openai/CLIP
 PUBLISHED = dict(dinov2=((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), siglip=((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
                  clip=((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)))
 PX = dict(dinov2=56, siglip=64, clip=64)
@@ -19,7 +19,7 @@ PX = dict(dinov2=56, siglip=64, clip=64)
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """A folder with small models of random weights, as save_pretrained() writes them; *_whole hold the text model too."""
+    """A folder with small models of random weights, as save_pretrained() writes them; *_whole with the text model."""
     root, size = tmp_path_factory.mktemp("models"), dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
     vision, text = dict(size, intermediate_size=64, image_size=64), dict(size, intermediate_size=64, vocab_size=9)
     vision_of = dict(clip=dict(vision, patch_size=32, projection_dim=24), siglip=dict(vision, patch_size=16))
@@ -33,7 +33,7 @@ def models(tmp_path_factory):
     processors = dict(dinov2="BitImageProcessor", siglip="SiglipImageProcessor", clip="CLIPImageProcessor")
     generator = torch.Generator().manual_seed(0)
     for family, net in made.items():
-        for weight in net.parameters():                                # larger than the library draws them: all parts matter
+        for weight in net.parameters():                                # larger than the library draws them
             weight.data += 0.2 * torch.randn(weight.shape, generator=generator)
         mean, std = PUBLISHED[family]
         processor = getattr(transformers, processors[family])(image_mean=mean, image_std=std, resample=3)
@@ -143,7 +143,7 @@ class StandIn(torch.nn.Module):
 
 
 def test_inception_and_a_model_through_the_command_line(models, tmp_path):
-    """Inception gets the bytes; a transformer named by its directory gets its own size, and 05 and 06 can compare it."""
+    """Inception gets the bytes. A transformer named by its directory gets its own size, and 05, 06 can compare it."""
     images = noise(16)
     np.save(tmp_path / "x.npy", images)
     torch.jit.script(StandIn()).save(tmp_path / "stand-in.pt")

@@ -89,19 +89,6 @@ def test_precision_and_recall_are_those_of_prdc(n, m, d):
     assert (ours["precision"], ours["recall"]) == (theirs["precision"], theirs["recall"])
 
 
-def test_a_copier_is_precise_and_recalls_little():
-    """Many near copies of two images out of 400. Samples wider than the images are the reverse."""
-    rng = np.random.default_rng(6)
-    real = rng.normal(size=(400, 4))
-    copies = np.repeat(real[:2], 50, 0) + 0.001 * rng.normal(size=(100, 4))
-    found = compare(copies, real)
-    assert found["precision"] == 1 and found["recall"] < 0.01
-    assert metrics.cosines(copies, np.repeat(real[:2], 50, 0)).mean() > 0.999
-    found = compare(real, copies)
-    assert found["precision"] < 0.01 and found["recall"] == 1
-    assert compare(real + 100, real)["precision"] == compare(real + 100, real)["recall"] == 0
-
-
 def test_on_the_edge_is_within():
     """Reach of the outer two of 0, 1, 2, 3 is 3 (k = 3): -3 and 6 lie on their edges, -4 and 7 beyond."""
     real, on_edge = np.arange(4.0)[:, None], np.array([[-3.0], [6], [-4], [7]])
@@ -229,10 +216,7 @@ def test_a_judge_of_digits(tiny_data):
     images, conditions = np.load(tiny_data / "images.npy", allow_pickle=False), np.flatnonzero(split)
     for name, samples in (("copies", images[conditions[:, None]].repeat(3, 1)),
                           ("pages", images[conditions.reshape(4, 2).repeat(2, 0)])):
-        folder = tiny_data / "samples" / name
-        folder.mkdir(parents=True)
-        np.save(folder / "samples.npy", samples)
-        np.save(folder / "conditions.npy", conditions)
+        folder = write_data(tiny_data / "samples" / name, None, samples=samples, conditions=conditions)
     said = done("-m examples.digits_judge", "--data", tiny_data)
     real = float(re.search(r"reads ([\d.]+)%", said)[1])
     copies, pages = json.loads((tiny_data / "judge" / "read.json").read_text()).values()

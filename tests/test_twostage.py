@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import common
-from conftest import done, module, run
+from conftest import done, module, run, write_data
 
 twostage = module("07_twostage.py")
 CPU = torch.device("cpu")
@@ -26,10 +26,7 @@ def mixture(tmp_path_factory):
     pages = rng.choice(3, n, p=WEIGHTS).astype(np.int32)
     split = (np.arange(n) >= 1800).astype(np.uint8)
     cls = (MEANS[pages] + 0.3 * rng.normal(size=(n, 4)) + 100 * split[:, None]).astype(np.float32)
-    for name, array in dict(cls=cls, pages=pages, split=split).items():
-        np.save(folder / f"{name}.npy", array)
-    (folder / "data.json").write_text(json.dumps(dict(preset="digits16", encoder=dict(name="none"))))
-    return folder
+    return write_data(folder, dict(name="none"), cls=cls, pages=pages, split=split)
 
 
 def trained(folder, name, *flags):
@@ -58,26 +55,14 @@ def test_prior_recovers_a_gaussian_mixture(mixture):
 
 
 def test_labels_choose_and_augmented_embeddings_stay_out_of_the_samples(mixture):
-    cls, views = common.load(mixture / "cls.npy"), mixture / "views"
-    views.mkdir()
-    np.save(views / "cls.npy", np.concatenate([cls + 4, cls - 4]))
-    np.save(views / "parameters.npy", np.ones((2, len(cls), 1), np.float32) * [[[1]], [[-1]]])
-    (views / "data.json").write_text((mixture / "data.json").read_text())
+    cls, parameters = common.load(mixture / "cls.npy"), np.array([[[1]], [[-1]]], np.float32)
+    views = write_data(mixture / "views", dict(name="none"), cls=np.concatenate([cls + 4, cls - 4]),
+                       parameters=parameters.repeat(len(cls), 1))
     asked = np.arange(300) % 3
     y, _ = draw(trained(mixture, "labelled.pt", "--label", "page", "--views", views), np.eye(3)[asked].astype("f"))
     assert (np.linalg.norm(y[:, None, :4] - MEANS, axis=2).argmin(1) == asked).mean() > 0.97
     np.testing.assert_array_equal(y[:, 4:], np.eye(3)[asked])
     np.testing.assert_allclose([y[asked == k, :4].mean(0) for k in range(3)], MEANS, atol=0.6)
-
-
-def test_a_perfect_prior_gives_back_its_answer():
-    """v = (alpha z - x_hat) / sigma, x_hat = alpha z - sigma v: a prior that always says x is sampled as x."""
-    prior = twostage.Prior(dim=5, width=16, given=[0, 0])
-    prior.norm.fit(np.random.default_rng(0).normal(3, 2, (50, 5)), np.arange(50))
-    x = torch.randn(1, 5, 1, 1)
-    prior.forward = lambda z, logsnr, given: x.expand_as(z)
-    y, _ = draw(prior, np.zeros((3, 0), np.float32))
-    torch.testing.assert_close(prior.norm(torch.from_numpy(y)), x.flatten().expand(3, -1), rtol=1e-3, atol=1e-3)
 
 
 def test_batches_are_a_function_of_seed_and_step():
