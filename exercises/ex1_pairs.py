@@ -11,8 +11,8 @@ Semantica tells it the embedding of *another* image of the page. Nothing else ch
 
     cos(a, b) = a.b / (|a| |b|)
 
-The lower limit drops strangers on the page, the upper one near-duplicates, which would teach copying again. In training,
-first a page is drawn, then a pair of that page. So every page that has a pair counts the same, however large it is.
+The lower limit drops strangers on the page, the upper one near-duplicates, which would teach copying again. Training
+draws a page first, then a pair of that page. So every page that has a pair counts the same, however large it is.
 
 To do     make_pairs() and draw(), five to ten lines each
 Check     pytest -x exercises/test_ex1_pairs.py

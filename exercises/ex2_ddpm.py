@@ -17,8 +17,8 @@ To see    python -m exercises.ex2_ddpm: how noise becomes two clusters
 Hints     - alpha_sigma(logsnr) below gives alpha and sigma. logsnr_s > logsnr_t: s is less noisy.
           - As a function of z_s, N(z_t; a z_s, v) has the mean z_t / a and the variance v / a^2.
           - step() has x_hat where the posterior has x. Its noise is scaled by a standard deviation, not by a variance.
-Question  step() could also draw z_s = alpha_s x_hat + sigma_s noise, from q(z_s | x_hat), and forget z_t. With x_hat = x
-          that has the right distribution at every s. Why are its samples wrong when x_hat is a network's prediction?
+Question  step() could also draw z_s = alpha_s x_hat + sigma_s noise, from q(z_s | x_hat), and forget z_t. With
+          x_hat = x this has the right distribution at every s. Why are its samples wrong with a network's x_hat?
 """
 import torch
 
@@ -50,7 +50,7 @@ def step(z_t, x_hat, logsnr_t, logsnr_s, noise):
 
 
 def best_x_hat(z, logsnr, means, std):
-    """E[x | z] for data of clusters N(m, std^2) with m in means, all equally likely: what a perfect network predicts."""
+    """E[x | z] for data of equal clusters N(m, std^2), m in means: what a perfect network predicts."""
     alpha, sigma = alpha_sigma(logsnr)
     spread = alpha ** 2 * std ** 2 + sigma ** 2                         # variance of z within a cluster
     off = z[:, None] - alpha * means                                    # [n, clusters]

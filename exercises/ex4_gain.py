@@ -1,8 +1,8 @@
 """Exercise 4: condition gain. Tell a copier from a varier without sampling. About 45 minutes.
 
 pretrained/recon.pt was trained to denoise the image that it is told (03), pretrained/pairs.pt another image of the page
-(04). Their samples show it, but sampling is slow and pictures are hard to compare. The training loss shows it in
-four numbers. Denoise held-out images x,
+(04). Their samples show it, but sampling is slow and pictures are hard to compare. The training loss shows it in four
+numbers. Denoise held-out images x,
 
     loss(condition) = mean | v_theta(alpha x + sigma eps, logsnr, condition) - v |^2,
 
@@ -13,10 +13,11 @@ To do     mates() and strangers(), which choose the images; gain(), the four los
 Predict   Sort the four numbers, for each model, before you run it.
 Check     pytest -x exercises/test_ex4_gain.py (it embeds 40 digits with 01_embed.py first: 10 seconds)
 To see    python -m exercises.ex4_gain: the four numbers of both checkpoints, as bars
-Hints     - common.diffusion_loss(v_pred, x, eps, logsnr, "v") is the loss of each image, common.alpha_sigma(logsnr) gives
-            alpha and sigma. model(z, logsnr, cls=..., tokens=..., drop=...) predicts v; drop [n] bool: rows told nothing.
-          - told[rows] of each array are the conditions of other images: {name: array[rows] for name, array in ...}.
-          - copies() looks at two of the four numbers. Which one must get worse if the model trusts its condition too much?
+Hints     - common.alpha_sigma(logsnr) gives alpha and sigma, common.diffusion_loss(v_pred, x, eps, logsnr, "v") the
+            loss of each image. model(z, logsnr, cls=..., tokens=..., drop=...) predicts v; drop [n] bool: the rows
+            that are told nothing.
+          - Other conditions for the same images: {name: array[rows] for name, array in told.items()}.
+          - copies() looks at two of the four numbers. Which condition misleads only a model that expects to be told x?
 Question  At logsnr = 5, an image with little noise, all four numbers are nearly the same. Why? At which noise does a
           model choose what to draw, and where would you look first to see whether a training uses its condition yet?
 """
@@ -36,7 +37,10 @@ ROOT = Path(__file__).parents[1]
 
 
 def mates(pages):
-    """For each image, the index of another image of its page. pages [n]: an array; every page has two images or more."""
+    """For each image, the index of another image of its page.
+
+    pages [n] is an array, in any order. Every page has two images or more, and there are two pages or more.
+    """
     raise NotImplementedError("mates() of exercise 4 is a gap: write it, then run the grader again")
 
 

@@ -1,14 +1,14 @@
 """Exercise 5: recall. Why a copier has none, and how FID is fooled. About 45 minutes.
 
-Each image is a point, its features. The reach of a point is the distance to its k-th nearest *other* point of its own set.
-A ball with this radius around every point stands for the region that the set covers (Kynkaanniemi et al., 1904.06991):
+Each image is a point, its features. The reach of a point is the distance to its k-th nearest *other* point of its own
+set. The balls of this radius around all points are the region that the set covers (Kynkaanniemi et al., 1904.06991):
 
     precision = share of the samples that lie in the ball of at least one real point
     recall    = share of the real points that lie in the ball of at least one sample
 
 FID only compares the means and covariances of both sets. In the few-shot protocol, n images are conditions, each gives
-many samples, and the real points to compare with are *other* images. In the full-set protocol every real image is the condition of
-one sample, and the samples are compared with these same images.
+many samples, and the real points to compare with are *other* images. In the full-set protocol every real image is the
+condition of one sample, and the samples are compared with these same images.
 
 To do     reach() and precision_recall(), two to four lines each; fool(), an attack in one to three lines
 Check     pytest -x exercises/test_ex5_recall.py
@@ -17,8 +17,8 @@ Hints     - torch.cdist(a, b) has all distances, kthvalue(k) the k-th smallest o
           - The nearest point of the set itself to a point is the point itself.
           - "In the ball" includes its border: <=.
           - For fool(): what do copies of one image do to the reach of its samples? What must stay right for FID?
-Question  In the full set the copier has a perfect FID, and recall 1 as well. Few-shot it has recall 0. It is the same model. Which two
-          things of the few-shot protocol make the difference?
+Question  In the full set the copier has a perfect FID, and recall 1. In the few-shot protocol the same model has
+          recall 0. Which two things of that protocol make the difference?
 """
 import numpy as np
 import torch
@@ -48,7 +48,7 @@ def fool(pool):
 
 
 def digits():
-    """Features [5000, 16] of MNIST digits, the principal components of the pixels, and labels [5000], in random order."""
+    """Features [5000, 16] of MNIST digits (principal components of the pixels), labels [5000], in random order."""
     pixels, labels = mnist_data()
     x = torch.from_numpy(pixels / 255)
     x = x - x.mean(0)

@@ -4,8 +4,8 @@ z_t = alpha_t x + sigma_t eps. The network gives x_hat, and with z_t this says w
 
     eps_hat = (z_t - alpha_t x_hat) / sigma_t
 
-DDPM forgets most of this noise and draws fresh noise in every step. DDIM (arXiv 2010.02502) keeps it, and only mixes it in another
-proportion:
+DDPM replaces a part of this noise by fresh noise in every step. DDIM (arXiv 2010.02502) keeps all of it, and only mixes
+it in another proportion:
 
     z_s = alpha_s x_hat + sigma_s eps_hat
 
@@ -14,15 +14,18 @@ its noise.
 
 To do     ddim_step() in three lines, ddim(), the loop, and encode(), the loop backwards, each in about six
 Check     pytest -x exercises/test_ex6_ddim.py
-To see    python -m exercises.ex6_ddim: writes runs/ex6_ddim.png. Digits of pretrained/pairs.pt told nothing, by DDPM (left)
-          and DDIM (right), in 2, 4, 8 and 16 steps (top to bottom); half a minute
+To see    python -m exercises.ex6_ddim writes runs/ex6_ddim.png: what pretrained/pairs.pt draws if it is told nothing,
+          eight digits by DDPM (left) and eight by DDIM (right), in 2, 4, 8 and 16 steps (top to bottom)
 Hints     - common.alpha_sigma(logsnr) of a logsnr [1] gives alpha and sigma of shape [1, 1, 1, 1], to scale images.
           - common.ddpm() is the loop with DDPM's step. Take slices logsnrs[i:i + 1], to keep the shape [1].
           - x_hat = alpha z - sigma v. The step's formula does not care whether s is less noisy than t, or more.
           - eps_hat must belong to the clipped x_hat, or alpha_t x_hat + sigma_t eps_hat is not z_t any more.
-Question  Both columns of the picture start from the same noise. Between 8 and 16 steps, DDIM's digits hardly change, and
-          DDPM's are other digits. Why? And when would you still use DDPM?
+Question  Both halves of the picture start from the same noise. From 8 to 16 steps DDIM's digits hardly change, but some
+          of DDPM's become other digits. Why? And when would you still use DDPM?
 """
+from functools import partial
+
+import numpy as np
 import torch
 
 import common
@@ -34,7 +37,7 @@ def ddim_step(z, x_hat, logsnr_t, logsnr_s):
 
 
 def ddim(denoise, z, logsnrs, clip=True):
-    """From noise z at logsnrs[0] through all of logsnrs [steps + 1]. Returns the x_hat of the last step, as common.ddpm().
+    """From noise z at logsnrs[0] through all of logsnrs [steps + 1]. Returns the last x_hat, as common.ddpm() does.
 
     denoise(z [B, C, H, W], logsnr [B]) -> v, called once a step; clip: x_hat to [-1, 1] in each.
     """
@@ -57,6 +60,7 @@ def show(ddim):
     """Write runs/ex6_ddim.png: DDPM beside your ddim(), from the same noise, in 2, 4, 8 and 16 steps."""
     checkpoint = common.load("pretrained/pairs.pt")
     config, rows, n = checkpoint["config"], [], 8
+    gap = np.full((16, 4, 3), 255, np.uint8)
     model = common.UViT(**config["network"])
     model.load_state_dict(checkpoint["ema"])
     nothing = {name: norm.mean.expand(n, *config["network"]["told"][name]) for name, norm in model.norm.items()}
@@ -69,9 +73,11 @@ def show(ddim):
         logsnrs = common.logsnr_schedule(torch.linspace(1, 0, steps + 1) ** 2, 16, 16)
         streams = [common.generator("cpu", 0, 0, j, 1) for j in range(n)]
         start = common.randn(streams, (3, 16, 16))
-        fresh = iter([start] + [common.randn(streams, (3, 16, 16)) for _ in range(steps - 1)])
-        x = torch.cat([common.ddpm(denoise, lambda: next(fresh), logsnrs, 0), ddim(denoise, start, logsnrs)])
-        rows.append(((x.clamp(-1, 1) + 1) * 127.5).byte().permute(0, 2, 3, 1).numpy())
+        again = [common.generator("cpu", 0, 0, j, 1) for j in range(n)]  # DDPM's first noise is the same start
+        x = torch.cat([common.ddpm(denoise, partial(common.randn, again, (3, 16, 16)), logsnrs, 0),
+                       ddim(denoise, start, logsnrs)])
+        images = ((x.clamp(-1, 1) + 1) * 127.5).byte().permute(0, 2, 3, 1).numpy()
+        rows.append([*images[:n], gap, *images[n:]])
     common.contact_sheet("runs/ex6_ddim.png", rows)
     print("wrote runs/ex6_ddim.png")
 

@@ -24,9 +24,10 @@ def cosine(cls, i, j):
     return cls[i] @ cls[j] / np.sqrt(cls[i] @ cls[i] * (cls[j] @ cls[j]))
 
 
-def test_which_pairs(ex, data):
+@pytest.mark.parametrize("low, high", [(LOW, HIGH), (-1.1, 1.1)])        # the second: no limit
+def test_which_pairs(ex, data, low, high):
     cls, pages, split = data
-    pairs = np.asarray(ex.make_pairs(cls, pages, split, LOW, HIGH))
+    pairs = np.asarray(ex.make_pairs(cls, pages, split, low, high))
     assert pairs.ndim == 2 and pairs.shape[1] == 2, f"make_pairs() returns [P, 2], not an array of shape {pairs.shape}"
     found = [(int(i), int(j)) for i, j in pairs]
     for i, j in found:
@@ -34,9 +35,9 @@ def test_which_pairs(ex, data):
         assert pages[i] == pages[j], f"({i}, {j}) are of different pages, {pages[i]} and {pages[j]}"
         assert split[i] == split[j] == 0, f"({i}, {j}) uses a held-out image: {i if split[i] else j}"
         c = cosine(cls, i, j)
-        assert LOW <= c <= HIGH, f"({i}, {j}) has cosine {c:.3f}, outside {LOW} to {HIGH}. Did you divide by both lengths?"
+        assert low <= c <= high, f"({i}, {j}) has cosine {c:.3f}, not in {low} to {high}. Is it over both lengths?"
     for i, j in np.ndindex(20, 20):
-        wanted = i != j and pages[i] == pages[j] and split[i] == split[j] == 0 and LOW <= cosine(cls, i, j) <= HIGH
+        wanted = i != j and pages[i] == pages[j] and split[i] == split[j] == 0 and low <= cosine(cls, i, j) <= high
         hint = " You have the pair the other way round; both are pairs." if (j, i) in found else ""
         assert not wanted or (i, j) in found, f"({i}, {j}) is missing, with cosine {cosine(cls, i, j):.3f}.{hint}"
     assert len(found) == len(set(found)), "make_pairs() returns some pairs twice"
@@ -70,7 +71,7 @@ def test_pages_count_alike_and_so_do_the_pairs_of_a_page(ex, data):
             "Draw a page first, so that large pages do not count more")
         for i, j in own:
             share = np.mean((condition == i) & (target == j)) / wanted * len(own)
-            assert abs(share - 1) < 0.4, f"on page {page} the pair ({i}, {j}) comes {share:.2f} times as often as it should"
+            assert abs(share - 1) < 0.4, f"on page {page}, pair ({i}, {j}) comes {share:.2f} times as often as wanted"
 
 
 def test_the_model_no_longer_copies(ex):

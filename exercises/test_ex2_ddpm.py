@@ -32,8 +32,9 @@ def bayes(z, x, t, s):
     (alpha_t, sigma_t), (alpha_s, sigma_s) = alpha_sigma(at(t)), alpha_sigma(at(s))
     a = alpha_t / alpha_s
     z_s = torch.linspace(-12, 12, 40_001, dtype=DOUBLE)
-    log = -(z - a * z_s) ** 2 / (2 * (sigma_t ** 2 - (a * sigma_s) ** 2)) - (z_s - alpha_s * x) ** 2 / (2 * sigma_s ** 2)
-    weights = torch.softmax(log, 0)
+    likelihood = -(z - a * z_s) ** 2 / (2 * (sigma_t ** 2 - (a * sigma_s) ** 2))
+    prior = -(z_s - alpha_s * x) ** 2 / (2 * sigma_s ** 2)
+    weights = torch.softmax(likelihood + prior, 0)
     mean = (weights * z_s).sum()
     return mean, (weights * (z_s - mean) ** 2).sum()
 
@@ -46,7 +47,8 @@ def test_posterior_is_bayes_rule(ex, t, s):
     known = {v: "This is v, the noise of z_t given z_s", sigma2_s: "This is sigma_s^2, which forgets z_t",
              true_variance.sqrt(): "This is the standard deviation", 1 / true_variance: "This is the precision"}
     hint = next((said for value, said in known.items() if near(value, variance)), "Precisions add")
-    assert near(variance, true_variance), f"the variance is {variance:.4f}, Bayes' rule gives {true_variance:.4f}. {hint}"
+    said = f"the variance is {variance:.4f}, Bayes' rule gives {true_variance:.4f}"
+    assert near(variance, true_variance), f"{said}. {hint}"
     hint = "Weights are precisions; z_t is about a z_s, not about z_s"
     assert near(mean, true_mean), f"the mean is {mean:.4f}, Bayes' rule gives {true_mean:.4f}. {hint}"
 

@@ -10,7 +10,7 @@ def test_drop_replaces_single_rows(ex):
     labels = np.arange(3000) % 3
     told = np.asarray(ex.drop(labels, 0.2, np.random.default_rng(0)))
     assert np.array_equal(labels, np.arange(3000) % 3), "drop() changed the labels it was given; return a new array"
-    assert told.shape == labels.shape, f"drop() returns [n] labels: one dropped is NULL, not left out. Yours: {told.shape}"
+    assert told.shape == labels.shape, f"drop() returns [n] labels: NULL, not left out. Yours: {told.shape}"
     dropped = told == NULL
     assert np.array_equal(told[~dropped], labels[~dropped]), "a label that is not dropped must stay as it is"
     assert 0 < dropped.sum() < 3000, "one random number decided for the whole batch; every row needs its own"
@@ -28,7 +28,7 @@ def table(z, logsnr, labels):
     return z + torch.tensor([1.0, 2.0, 4.0, 7.0])[labels][:, None, None, None]
 
 
-@pytest.mark.parametrize("w", [0, 1, 2.5, -1])
+@pytest.mark.parametrize("w", [2.5, 1, 0, -1])
 def test_guided_goes_away_from_null(ex, w):
     labels, z = torch.tensor([0, 1, 2, 1]), torch.zeros(4, 2, 1, 1)
     found = ex.guided(table, z, torch.zeros(4), labels, w)[:, 0, 0, 0]
@@ -48,7 +48,7 @@ def test_guidance_works_with_dropping(ex):
     model = train(ex.drop, 0.2)
     plain, strong = judge(ex.guided, model, 0), judge(ex.guided, model, 3)
     assert plain["read"] > 0.7, f"at w = 0 only {plain['read']:.0%} of the samples are of their label"
-    assert strong["read"] > plain["read"] + 0.04, f"w = 3 reads {strong['read']:.0%}, w = 0 {plain['read']:.0%}: no gain"
+    assert strong["read"] > plain["read"] + 0.04, f"read at w = 3: {strong['read']:.0%}, w = 0: {plain['read']:.0%}"
     assert strong["spread"] < 0.8 * plain["spread"], "w = 3 should give less varied samples than w = 0"
     assert strong["far"] < 0.2, f"{strong['far']:.0%} of the samples at w = 3 lie far from all points: is NULL trained?"
 

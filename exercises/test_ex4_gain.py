@@ -47,7 +47,7 @@ def test_the_four_losses(ex):
             assert torch.allclose(part, alpha * x + sigma * eps, atol=1e-5), (
                 "z must be alpha x + sigma eps with the given x and eps, the same for all four conditions")
     nothing = (x / sigma).square().mean().item()                        # v_pred - v = (x - x_hat) / sigma
-    assert losses["itself"] < 1e-6, f"told the image itself this network makes no error, yours is {losses['itself']:.3f}"
+    assert losses["itself"] < 1e-6, f"told the image itself, this network makes no error. Yours: {losses['itself']:.3f}"
     assert abs(losses["nothing"] / nothing - 1) < 1e-3, (
         f"told nothing the loss is {losses['nothing']:.3f}, it should be {nothing:.3f}: drop all rows, and only there")
     for name, same_page in (("mate", True), ("stranger", False)):
@@ -65,7 +65,7 @@ def test_verdict(ex):
         said = "copies" if is_copier else "varies"
         assert bool(ex.copies(dict(zip(KEYS, four)))) == is_copier, f"a model with {KEYS} = {four} {said}"
     easy = {name: loss / 5 for name, loss in zip(KEYS, varier)}
-    assert not ex.copies(easy), "the same varier on easier images, all losses a fifth: compare losses, not with a constant"
+    assert not ex.copies(easy), "all losses a fifth, a varier on easier images: compare losses, not with a constant"
     sure = dict(zip(KEYS, (0.05, 0.13, 0.16, 0.5)))
     hint = "'itself' is low for any model that uses its condition well, and a stranger misleads a varier too"
     assert not ex.copies(sure), f"{sure} is a varier: a page-mate helps it. {hint}"

@@ -44,13 +44,14 @@ def test_precision_and_recall(ex):
         assert math.isclose(p, precision), f"k = {k}: the precision is {precision:.3f}, yours {p:.3f}.{swapped}"
         distance, own = torch.cdist(real, fake), ex.reach(real, k)
         coverage = (distance <= own[:, None]).any(1).double().mean().item()
-        hint = " You used the balls of the real points; recall uses those of the samples." if math.isclose(r, coverage) else ""
-        assert math.isclose(r, recall), f"k = {k}: the recall is {recall:.3f}, yours {r:.3f}.{hint}"
+        hint = "These are the balls of the real points; recall uses those of the samples" if r == coverage else ""
+        assert math.isclose(r, recall), f"k = {k}: the recall is {recall:.3f}, yours {r:.3f}. {hint}"
 
 
 def test_the_border_belongs_to_the_ball(ex):
     same = line(2, 2, 2, 2, 2)
-    assert tuple(map(float, ex.precision_recall(same, same))) == (1, 1), "two equal sets have precision and recall 1: use <="
+    found = tuple(map(float, ex.precision_recall(same, same)))
+    assert found == (1, 1), f"two equal sets have precision and recall 1, yours are {found}: use <="
 
 
 @pytest.fixture(scope="module")

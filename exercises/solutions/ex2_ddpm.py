@@ -1,10 +1,10 @@
 """Exercise 2, solved. With r = SNR(t) / SNR(s) these are the moments of common.ddpm_step() at interpolation 0.
 
 Question: why not draw from q(z_s | x_hat)?
-x_hat is the mean of all images that z_t can come from, not one of them. With much noise these differ a lot, and z_s drawn
-around their mean is too narrow: it has lost what z_t says about which of them it is. The posterior keeps z_t with the
-weight that it deserves, and adds noise only for what is unknown. Measured with sample() on N(0.3, 0.2^2) and 100 steps:
-the short cut gives the spread 0.14, in place of 0.20.
+x_hat is the mean of all images that z_t can come from, not one of them. With much noise these differ a lot, and z_s
+drawn around their mean is too narrow: it has lost what z_t says about which of them it is. The posterior keeps z_t with
+the weight that it deserves, and adds noise only for what is unknown. Measured with sample() on N(0.3, 0.2^2) and 100
+steps: the short cut gives the spread 0.14, in place of 0.20.
 """
 from exercises.ex2_ddpm import alpha_sigma, show
 

@@ -1,8 +1,8 @@
 """Exercise 5, solved.
 
 fool() is a copier with 100 conditions. Ten copies of one image have their nearest neighbours among each other, so their
-balls are as small as the copies differ, and no other image lies in one. FID does not see it: 100 images have about the mean and
-covariance of all. Any k + 1 = 4 copies of each would do, and that many in all.
+balls are as small as the copies differ, and no other image lies in one. FID does not see it: 100 images have about the
+mean and covariance of all. Four copies of each are enough, as a copy then has k = 3 others beside it.
 
 Question: which two things make the difference?
 Many samples for each condition: copies of one condition shrink each other's balls. In the full set there is one sample

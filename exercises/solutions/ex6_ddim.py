@@ -2,9 +2,9 @@
 
 Question: why do DDIM's digits hardly change, and when would you still use DDPM?
 DDIM solves a differential equation (the probability flow), whose solution depends on the start only; more steps only
-follow the same path more closely. DDPM's fresh noise decides anew in every step, and other steps mean other noise. That
-noise also repairs: an error of one step is partly overwritten in the next. DDIM carries it to the end. With
-enough steps DDPM's samples are therefore often better; in few steps, or to encode an image, DDIM is the choice.
+follow the same path more closely. The result of DDPM also depends on the fresh noise of every step. This noise replaces
+a part of what earlier steps got wrong, while DDIM carries errors to the end (Karras et al., 2206.00364, section 4). So
+DDPM is worth its steps if there are many of them. DDIM is for few steps, and for encoding an image.
 """
 import common
 from exercises.ex6_ddim import show
