@@ -1,7 +1,7 @@
 # The pipeline as a graph of files: a stage runs again only when a file it reads has changed.
 #   make demo                    the digits, on a CPU           make demo PRESET=emoji16    OpenMoji, on a CPU
 #   make demo PRESET=emoji64     OpenMoji, on a GPU             make test                   the tests
-#   make full                    the digits, trained 8 times as long, and read by a judge of digits: 50 minutes
+#   make full                    the digits, trained 8 times as long in time, and read by a judge of digits: 50 minutes
 #   make figures                 figures for a lecture, after make demo, a minute
 #   make twostage                2SDM, after make demo          make sweep                  2SDM told more and less, an hour
 PRESET   ?= digits16

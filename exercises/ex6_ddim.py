@@ -17,7 +17,8 @@ Check     pytest -x exercises/test_ex6_ddim.py
 To see    python -m exercises.ex6_ddim writes runs/ex6_ddim.png: what pretrained/pairs.pt draws if it is told nothing,
           eight digits by DDPM (left) and eight by DDIM (right), in 2, 4, 8 and 16 steps (top to bottom)
 Hints     - common.alpha_sigma(logsnr) of a logsnr [1] gives alpha and sigma of shape [1, 1, 1, 1], to scale images.
-          - common.ddpm() is the loop with DDPM's step. Take slices logsnrs[i:i + 1], to keep the shape [1].
+          - common.ddpm() is the loop with DDPM's step. Take slices logsnrs[i:i + 1], to keep the shape [1];
+            denoise() wants one for each image: logsnr.expand(len(z)).
           - x_hat = alpha z - sigma v. The step's formula does not care whether s is less noisy than t, or more.
           - eps_hat must belong to the clipped x_hat, or alpha_t x_hat + sigma_t eps_hat is not z_t any more.
 Question  Both halves of the picture start from the same noise. From 8 to 16 steps DDIM's digits hardly change, but some
