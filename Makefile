@@ -2,7 +2,7 @@
 #   make demo                    the digits, on a CPU           make demo PRESET=emoji16    OpenMoji, on a CPU
 #   make demo PRESET=emoji64     OpenMoji, on a GPU             make test                   the tests
 #   make full                    the digits, trained 8 times as long in time, and read by a judge of digits: 50 minutes
-#   make figures                 figures for a lecture, after make demo, a minute
+#   make figures                 figures for a lecture, after make demo, two minutes
 #   make twostage                2SDM, after make demo          make sweep                  2SDM told more and less, an hour
 PRESET   ?= digits16
 SEED     ?= 0
@@ -88,7 +88,7 @@ $(RUN)/figures/done: $(RUN)/metrics.json
 	$(PY) -m docs.figures $(RUN) --only filter precision_recall training idea
 	touch $@
 
-# for a lecture, docs/course.md: a minute
+# for a lecture, docs/course.md: two minutes
 figures: demo
 	$(PY) -m docs.figures $(RUN)
 

@@ -7,7 +7,7 @@ filter also prints how well the filter of 02 drops what examples/digits.py plant
 pca16_1000: 07's array pca16, trained for 1,000 steps (kmeans16_1000, film_1000: the embedding itself, none_1000).
 gain prints its curves as a table too; it also reads what is still training (recon.pt.partial).
 
-    python -m docs.figures runs/digits16                            # all, one minute
+    python -m docs.figures runs/digits16                            # all, two minutes
     python -m docs.figures runs/digits16 --only idea --out docs     # the picture in the README
     make figures                                                    # those of a lecture (docs/course.md)
 """
