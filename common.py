@@ -43,8 +43,8 @@ SMALL = dict(patch=1, transformers=1, cond="both", cond_drop=0.1, loss="v", nois
 # loss in epsilon, noise_size, DDPM with interpolation 0.2, 300,000 steps of the ablations.
 # Named there but unreadable in our copy, so from [SD]: lr, Adam's betas and epsilon (in 03), ema. Not named, so from
 # [SD]: warmup.
-# Our choice: size, patch, three blocks in the stage of 512 channels, cond_drop, sample_steps, as many steps at 256 px, no
-# dropout and no clipping of gradients.
+# Our choice: size, patch, three blocks in the stage of 512 channels, cond_drop, sample_steps, as many steps at 256 px.
+# No dropout and no clipping of gradients.
 PAPER = dict(transformers=2, cond="tokens", cond_drop=0.1, loss="eps", noise_size=32, batch=2048, lr=1e-4, ema=0.9999,
              warmup=10_000, decay="constant", steps=300_000, amp="auto", sample_steps=128, time_power=1, encoder_px=224)
 
