@@ -502,6 +502,26 @@ def gain(run):
     return figure
 
 
+def gain_training(run):
+    """Told another image of the page, the copier gets worse in training, and the pair model better.
+
+    Of checkpoints that were copied during the training, as in cp RUN/recon.pt.partial RUN/snapshots/recon_4000.pt.
+    """
+    device, _, _ = common.start()
+    figure, panels = plt.subplots(1, 2, figsize=(13, 5.5), layout="constrained", sharey=True)
+    for axes, name in zip(panels, ("recon", "pairs")):
+        paths = [*(run / "snapshots").glob(f"{name}_*.pt"), *run.glob(f"{name}.pt")]
+        losses = {common.load(path)["step"]: condition_gain(path, run, [-3.0], device)[:, 0] for path in paths}
+        steps = sorted(losses)
+        for i, (label, style) in enumerate(zip(TOLD, ("k.-", "C2.-", "C0.--", "C3.-"))):
+            axes.plot(steps, [losses[step][i] for step in steps], style, label=label)
+        axes.set(title=name, xlabel="step")
+    panels[0].set_ylabel("loss of held-out images at log-SNR -3")
+    log_scale(panels[0])
+    panels[1].legend(title="told")
+    return figure
+
+
 def guidance_rows(run):
     """The copier draws its condition at every w. The pair model's samples differ, and get bolder with more guidance."""
     device, _, _ = common.start()
@@ -586,6 +606,7 @@ FIGURES = {                                                            # the fun
     "denoising": (denoising, ["recon.pt", "pairs.pt", "samples/pairs_w1/conditions.npy"]),
     "attention": (attention, ["pairs.pt", "samples/pairs_w1/conditions.npy"]),
     "gain": (gain, ["images.npy"]),
+    "gain_training": (gain_training, ["images.npy", "snapshots"]),
     "guidance_rows": (guidance_rows, ["recon.pt", "pairs.pt", "samples/pairs_w1/conditions.npy"]),
     "filter_pairs": (band_pairs, ["images.npy", "cls.npy", "sims.npy"]),
     "recall": (recall, ["samples/recon_w1/cls.npy", "samples/pairs_w1/cls.npy"]),

@@ -39,6 +39,7 @@ def test_all_figures_and_what_the_filter_drops(tiny_data, tmp_path):
     for name, cond in (("recon", "both"), ("pairs", "both"), ("film", "film")):
         small.checkpoint(tiny_data / f"{name}.pt", cond, sample_steps=2)
 
+    (tiny_data / "snapshots").mkdir()
     said = done("-m docs.figures", tiny_data)
     drawn = {path.stem for path in (tiny_data / "figures").glob("*.png")}
     assert "not drawn" not in said and drawn == set(module("docs/figures.py").FIGURES)
