@@ -348,7 +348,7 @@ def schedule(run):
 
 
 def noised(run):
-    """With the plain schedule a digit of 64 px stays visible for longer than one of 16 px; shifted, as long."""
+    """With the plain schedule a digit of 64 px stays visible for longer. The shifted one hides it as early as 16 px."""
     images, split = read(run, "images", "split")
     digit = images[np.flatnonzero(split == split.max())[0]]
     t = torch.linspace(0, 1, 11)
@@ -483,43 +483,46 @@ def condition_gain(path, run, levels, device, n=100):
     return np.array(found).reshape(4, -1)
 
 
-def gain(run):
-    """Another image of its page is worse than nothing for the copier, for pairs nearly as good as the image itself."""
-    device, _, _ = common.start()
-    levels = [-9.0, -7.0, -5.0, -4.0, -3.0, -2.0, -1.0, 1.0, 3.0, 5.0]
+def told_curves(curves, xlabel, ylabel):
+    """A panel for each model of curves {name: (x [n], losses [4, n])}, and in it a curve for each entry of TOLD."""
     figure, panels = plt.subplots(1, 2, figsize=(13, 5.5), layout="constrained", sharey=True)
-    for axes, name in zip(panels, ("recon", "pairs")):
-        path = run / f"{name}.pt"
-        losses = condition_gain(path if path.exists() else f"{path}.partial", run, levels, device)
-        for label, style, row in zip(TOLD, ("k-", "C2-", "C0--", "C3-"), losses):
-            axes.plot(levels, row, style, label=label)
-        numbers = [f"{loss:.3f} told {what}" for loss, what in zip(losses[:, levels.index(-3)], TOLD)]
-        print(f"gain: {name}, loss in v at log-SNR -3: {', '.join(numbers)}")
-        axes.set(title=name, xlabel="log-SNR: mostly noise on the left, mostly image on the right")
-    panels[0].set_ylabel("loss of held-out images")
+    for axes, (name, (x, losses)) in zip(panels, curves.items()):
+        for label, style, row in zip(TOLD, ("k.-", "C2.-", "C0.--", "C3.-"), losses):
+            axes.plot(x, row, style, label=label)
+        axes.set(title=name, xlabel=xlabel)
+    panels[0].set_ylabel(ylabel)
     log_scale(panels[0])
     panels[1].legend(title="told")
     return figure
+
+
+def gain(run):
+    """Another image of its page is worse than nothing for the copier, for pairs nearly as good as the image itself."""
+    device, _, _ = common.start()
+    levels, curves = [-9.0, -7.0, -5.0, -4.0, -3.0, -2.0, -1.0, 1.0, 3.0, 5.0], {}
+    for name in ("recon", "pairs"):
+        path = run / f"{name}.pt"
+        losses = condition_gain(path if path.exists() else f"{path}.partial", run, levels, device)
+        numbers = [f"{loss:.3f} told {what}" for loss, what in zip(losses[:, levels.index(-3)], TOLD)]
+        print(f"gain: {name}, loss in v at log-SNR -3: {', '.join(numbers)}")
+        curves[name] = levels, losses
+    xlabel = "log-SNR: mostly noise on the left, mostly image on the right"
+    return told_curves(curves, xlabel, "loss of held-out images")
 
 
 def gain_training(run):
     """Told another image of the page, the copier gets worse in training, and the pair model better.
 
-    Of checkpoints that were copied during the training, as in cp RUN/recon.pt.partial RUN/snapshots/recon_4000.pt.
+    The checkpoints were copied during the training, as in cp RUN/recon.pt.partial RUN/snapshots/recon_4000.pt.
     """
     device, _, _ = common.start()
-    figure, panels = plt.subplots(1, 2, figsize=(13, 5.5), layout="constrained", sharey=True)
-    for axes, name in zip(panels, ("recon", "pairs")):
+    curves = {}
+    for name in ("recon", "pairs"):
         paths = [*(run / "snapshots").glob(f"{name}_*.pt"), *run.glob(f"{name}.pt")]
         losses = {common.load(path)["step"]: condition_gain(path, run, [-3.0], device)[:, 0] for path in paths}
         steps = sorted(losses)
-        for i, (label, style) in enumerate(zip(TOLD, ("k.-", "C2.-", "C0.--", "C3.-"))):
-            axes.plot(steps, [losses[step][i] for step in steps], style, label=label)
-        axes.set(title=name, xlabel="step")
-    panels[0].set_ylabel("loss of held-out images at log-SNR -3")
-    log_scale(panels[0])
-    panels[1].legend(title="told")
-    return figure
+        curves[name] = steps, np.transpose([losses[step] for step in steps])
+    return told_curves(curves, "step", "loss of held-out images at log-SNR -3")
 
 
 def guidance_rows(run):
@@ -563,7 +566,10 @@ def band_pairs(run):
 
 
 def recall(run):
-    """A real point counts for recall if it lies in a ball of a sample. A copier's balls are small: few points do."""
+    """A real point counts for recall if it lies in a ball of a sample. Few points lie in those of a copier.
+
+    After the short training of make demo the copier is not one yet; docs/course.md draws it with pretrained/.
+    """
     cls, pages, split, conditions = read(run, "cls", "pages", "split", "samples/pairs_w1/conditions")
     row = len(conditions) // 2 - 1
     sets = {"real": cls[(pages == pages[conditions[row]]) & (split == split.max())]}

@@ -77,12 +77,13 @@ def test_the_loop_clips_and_ends_with_x_hat(ex):
         return (alpha * z - 3) / sigma
     x = ex.ddim(jumps, start, schedule(10))
     assert (x < 2).all(), "the network's x_hat is 3 here: clip=True must clip it to 1, in the last step as well"
-    assert torch.allclose(x, torch.ones_like(x)), "ddim() returns the last x_hat, which is 1 here, not the last z"
+    right = torch.allclose(x, torch.ones_like(x))
+    assert right, "ddim() returns the last x_hat, which is 1 here, not the last z"
     alpha_0, sigma_0 = common.alpha_sigma(schedule(10)[:1])
     alpha_5, sigma_5 = common.alpha_sigma(schedule(10)[5:6])
     wanted = alpha_5 + sigma_5 * (start - alpha_0) / sigma_0
-    assert torch.allclose(seen[5], wanted, atol=1e-4), (
-        "x_hat is 1 in every step, so eps_hat must stay the same: compute it from the clipped x_hat")
+    right = torch.allclose(seen[5], wanted, atol=1e-4)
+    assert right, "x_hat is 1 in every step, so eps_hat must stay the same: compute it from the clipped x_hat"
 
 
 def test_encode_runs_backwards(ex):
