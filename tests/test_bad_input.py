@@ -82,6 +82,7 @@ ROWS = [                                                                # script
     ("03_train_recon.py --preset emoji64", as_it_is, "has images of 16 px, emoji64 needs 64 px"),
     ("03_train_recon.py --batch 4 --accumulate 3", as_it_is, "--batch 4 does not divide"),
     (f"03_train_recon.py {SHORT}", array("cls.npy", np.full((20, 6), np.nan, np.float32)), "the loss is nan at step 1"),
+    (f"03_train_recon.py {SHORT} --lr 1e40", as_it_is, "the weights are not finite at step 1"),
     (f"03_train_recon.py {SHORT} --lr 1", trained, "recon.pt was trained with other lr"),
     (f"03_train_recon.py {SHORT}", trained_on_other_data, "recon.pt was trained with other data"),
     ("03_train_recon.py --cond film --init DATA/both.pt", as_it_is, "expected a checkpoint of the same network"),
@@ -142,7 +143,9 @@ def folder(tiny_data):
 
 
 def contents(folder):
-    return {path: path.is_file() and path.read_bytes() for path in folder.rglob("*") if ".tmp" not in path.name}
+    """{path: bytes} of what is there, but for unfinished files and for the log of a training."""
+    paths = (path for path in folder.rglob("*") if path.suffix not in (".tmp", ".jsonl"))
+    return {path: path.is_file() and path.read_bytes() for path in paths}
 
 
 @pytest.mark.parametrize("command, damage, fragment", ROWS, ids=[f"{row[0]}: {row[2]}" for row in ROWS])
