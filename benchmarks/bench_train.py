@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import common
 from benchmarks import report
+from common import UViT
 
 NETWORKS = ("ours, no condition", "lucidrains, no condition", "ours, tokens", "diffusers, tokens",
             "diffusers cut, tokens", "ours, tokens and global")
@@ -36,7 +37,7 @@ def parameters(model):
 def ours(preset, *names):
     """Our network, told of the arrays `names`."""
     keys = ("size", "patch", "channels", "blocks", "transformers")
-    return common.UViT(*(preset[key] for key in keys), {name: TOLD[name] for name in names})
+    return UViT(*(preset[key] for key in keys), {name: TOLD[name] for name in names})
 
 
 def lucidrains(preset, blocks):

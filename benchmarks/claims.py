@@ -44,7 +44,7 @@ MODELS = {
     "tokens": ("digits", PAIRS, f"{BUDGET} --cond tokens"),
     "unfiltered": ("unfiltered", PAIRS, BUDGET),
     "low_only": ("low_only", PAIRS, BUDGET),
-    "small": ("digits", f"-m benchmarks.variants narrow {PAIRS}", BUDGET),
+    "small": ("digits", f"-m benchmarks.variants channels=16,32,64 {PAIRS}", BUDGET),
     "lite2": ("lite2", PAIRS, BUDGET),
     "random": ("random", PAIRS, BUDGET),
     "pages": ("pages", PAIRS, BUDGET),
@@ -242,8 +242,9 @@ def score(runs):
             folder = Path(row["folder"])
             if (folder / "local" / "data.json").exists():
                 row["local"] = local_similarity(runs / data, folder)
-            if row.get("y"):                                           # the time of 2SDM is that of both stages
-                prior = json.loads(Path(row["y"]).with_suffix(".json").read_text())["ms_row"]
+            y = common.load(folder / "samples.json").get("y")
+            if y:                                                      # the time of 2SDM is that of both stages
+                prior = common.load(Path(y).with_suffix(".json"))["ms_row"]
                 row["ms_image"] += prior
                 row["prior_share"] = prior / row["ms_image"]
             found[shown, folder.name, int(folder.parts[-3])] = row
@@ -254,7 +255,7 @@ def remember(rows):
     """The scores in KEPT, these in the place of older ones; KEPT is written again, a line for each set of samples."""
     found = {(row["set"], row["samples"], row["seed"]): row for row in json.loads(KEPT.read_text())}
     for key, row in rows.items():
-        numbers = {name: round(row[name], 5) for name in METRICS if name in row}
+        numbers = {name: round(row[name], 5) for name in METRICS if row.get(name) is not None}
         found[key] = dict(zip(("set", "samples", "seed"), key)) | numbers
     found = dict(sorted(found.items(), key=str))
     report.write(KEPT, "[\n" + ",\n".join(map(json.dumps, found.values())) + "\n]\n")
@@ -275,7 +276,7 @@ def summary(values, metric):
     """Mean +- s.d. (n - 1) as the page prints it."""
     if not values:
         return "-"
-    digits = 1 if metric in ("fid", "ms_image") else 3
+    digits = 1 if metric in ("fid", "ms_image", "seconds") else 3
     spread = f" ± {statistics.stdev(values):.{digits}f}" if len(set(values)) > 1 else ""
     return f"{statistics.mean(values):.{digits}f}{spread}"
 

