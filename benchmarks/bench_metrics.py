@@ -81,14 +81,13 @@ def main():
     p = report.parser(__doc__)
     p.add_argument("--images", type=int, nargs="+", default=[100, 1000, 10000], metavar="N", help="in each set")
     p.add_argument("--features", type=int, nargs="+", default=[1280, 2048], metavar="D")
-    p.add_argument("--metrics", nargs="+", choices=METRICS, default=list(METRICS))
     p.add_argument("--packages", nargs="+", choices=PACKAGES, default=PACKAGES)
     p.add_argument("--measure", help=argparse.SUPPRESS)
     args = p.parse_args()
     if args.measure:
         return print("\n" + json.dumps(measure(*json.loads(args.measure))))
     rows, ratios, lines = [], [], []
-    for n, d, metric in itertools.product(args.images, args.features, args.metrics):
+    for n, d, metric in itertools.product(args.images, args.features, METRICS):
         ours = None
         for package in (package for package in METRICS[metric] if package in args.packages):
             what = json.dumps([package, metric, n, d])

@@ -1,6 +1,6 @@
 """Sampling speed: common.sample_images beside the bare calls of its network, which is all that sampling has to do.
 
-One batch of images of a preset's network (05's batch of 100; untrained, which costs the same), with tokens and global
+One batch of images of digits16 (05's batch of 100; untrained, which costs the same), with tokens and global
 embedding as the condition. bare: as many network calls at the same batch size. common.sample_images: from a generator
 an image to uint8 images. The two take turns; ratios are medians over the rounds.
 
@@ -18,13 +18,12 @@ from benchmarks.bench_train import TOLD, ours
 
 def main():
     p = report.parser(__doc__)
-    p.add_argument("--preset", default="digits16", choices=common.PRESETS)
     p.add_argument("--batch", type=common.count, default=100)
     p.add_argument("--sample-steps", type=common.count, default=10)
     p.add_argument("--guidance", type=float, nargs="+", default=[0, 1])
     p.add_argument("--rounds", type=common.count, default=5)
     args = p.parse_args()
-    preset = common.PRESETS[args.preset] | dict(sample_steps=args.sample_steps)
+    preset = common.PRESETS["digits16"] | dict(sample_steps=args.sample_steps)
     torch.manual_seed(0)
     model = ours(preset, *TOLD).eval()
     condition = {name: torch.randn(args.batch, *shape) for name, shape in TOLD.items()}
@@ -49,8 +48,7 @@ def main():
     rows = [dict(guidance=w, way=way, ms_image_step=1e3 * statistics.median(found) / args.batch / args.sample_steps)
             for (w, way), found in times.items()]
     lines = [[f"{row['guidance']:g}", row["way"], f"{row['ms_image_step']:.3f}"] for row in rows]
-    about = f"torch {torch.__version__}, threads {torch.get_num_threads()}. "
-    about += f"{args.preset}, batch {args.batch}, {args.sample_steps} steps."
+    about = f"torch {torch.__version__}, threads {torch.get_num_threads()}. Batch {args.batch}, {args.sample_steps} steps"
     tables = [report.table(["speed", "ratio"], ratios), report.table(["w", "what", "ms an image and step"], lines)]
     report.finish(args, "bench_sample", about, tables, rows)
 

@@ -1,4 +1,4 @@
-"""What a recipe makes of the same seconds: pair models of about equal training time, scored by 06 and read by the judge.
+"""What a recipe makes of the same seconds: pair models, scored by 06 and read by the judge of the digits.
 
 Each recipe is one training of 04 on one core. The numbers of steps are such that all recipes took as long as the demo's
 on the machine where they were chosen; the table has the seconds. Sixty conditions, six of each digit, 10 samples each,
@@ -76,8 +76,8 @@ def main():
     for name in args.recipes:
         values = [[row[key] for row in rows if row["recipe"] == name] for key in METRICS]
         lines.append([name, " ".join(RECIPES[name]), *map(summary, values, METRICS)])
-    table = report.table(["recipe", "change", *METRICS], lines)
-    report.finish(args, "quality", f"torch {torch.__version__}, two trainings at a time.", [table], rows)
+    about = f"torch {torch.__version__}, two trainings at a time."
+    report.finish(args, "quality", about, [report.table(["recipe", "change", *METRICS], lines)], rows)
 
 
 if __name__ == "__main__":

@@ -39,8 +39,7 @@ def main():
     rows.sort(key=lambda row: row["m"] != len(real))
     lines = [[row["n"], row["m"], row["subsets"], *(summary(row[key], key) for key in METRICS)] for row in rows]
     about = f"torch {torch.__version__}. {common.load(args.data / 'data.json')['encoder']['name']}, d = {cls.shape[1]}."
-    table = report.table(["n", "m", "subsets", *METRICS], lines)
-    report.finish(args, "sample_size", about, [table], rows)
+    report.finish(args, "sample_size", about, [report.table(["n", "m", "subsets", *METRICS], lines)], rows)
 
 
 if __name__ == "__main__":

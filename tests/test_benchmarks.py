@@ -54,7 +54,8 @@ def test_scores_of_claims_are_kept(tmp_path, monkeypatch):
     measured = dict(fid=1.0, copy=None, folder="/somewhere")
     claims.remember({("digits", "pairs_w1", 0): measured, ("digits", "real", None): dict(fid=2.0)})
     found = claims.remember({("digits", "pairs_w1", 0): dict(fid=3.0)})
-    assert {key: row["fid"] for key, row in found.items()} == {("digits", "pairs_w1", 0): 3, ("digits", "real", None): 2}
+    fid = {key: row["fid"] for key, row in found.items()}
+    assert fid == {("digits", "pairs_w1", 0): 3, ("digits", "real", None): 2}
     assert "somewhere" not in claims.KEPT.read_text()
 
 
@@ -67,7 +68,8 @@ def test_tiny_runs(tiny_data, tmp_path):
         assert json.loads(out.read_text())["rows"]
     done("-m benchmarks.stress", "--help")
     done("-m benchmarks.quality", "--help")
-    done("-m benchmarks.variants", "channels=16,32,64", "03_train_recon.py", "--data", tiny_data, "--steps", 2, "--batch", 4)
+    narrow = "-m benchmarks.variants", "channels=16,32,64", "03_train_recon.py"
+    done(*narrow, "--data", tiny_data, "--steps", 2, "--batch", 4)
     assert common.load(tiny_data / "recon.pt")["config"]["network"]["channels"] == (16, 32, 64)
 
 
