@@ -48,7 +48,8 @@ def main():
     rows = [dict(guidance=w, way=way, ms_image_step=1e3 * statistics.median(found) / args.batch / args.sample_steps)
             for (w, way), found in times.items()]
     lines = [[f"{row['guidance']:g}", row["way"], f"{row['ms_image_step']:.3f}"] for row in rows]
-    about = f"torch {torch.__version__}, threads {torch.get_num_threads()}. Batch {args.batch}, {args.sample_steps} steps"
+    threads = torch.get_num_threads()
+    about = f"torch {torch.__version__}, threads {threads}. digits16, batch {args.batch}, {args.sample_steps} steps."
     tables = [report.table(["speed", "ratio"], ratios), report.table(["w", "what", "ms an image and step"], lines)]
     report.finish(args, "bench_sample", about, tables, rows)
 

@@ -34,10 +34,9 @@ METRICS = ("seconds", "fid", "precision", "recall", "read", "spread")
 
 def chain(data, runs, seed, name):
     """Train a recipe, sample from it, embed the samples, all in the folder that it returns."""
-    variant, flags = RECIPES[name]
+    (variant, flags), where = RECIPES[name], f"--data {data} --seed {seed}"
     start = f"-m benchmarks.variants {variant}" if variant else ""
     out = runs / str(seed) / name.replace(" ", "_")
-    where = f"--data {data} --seed {seed}"
     make(out / "pairs.pt", f"{start} 04_train_pairs.py {where} --out {out}/pairs.pt {flags}")
     sampled = f"{where} --draw {seed} --checkpoint {out}/pairs.pt --out {out} {SAMPLER}"
     make(out / "samples.npy", f"{start} 05_sample.py {sampled}")
