@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import common
 from benchmarks import report
-from common import UViT
+from common import UViT                                                # before variants.py puts another in its place
 
 NETWORKS = ("ours, no condition", "lucidrains, no condition", "ours, tokens", "diffusers, tokens",
             "diffusers cut, tokens", "ours, tokens and global")

@@ -172,8 +172,8 @@ def save_tiles(target, across=8, size=64):
 
 
 def sample(data, folder, line, tokens=False):
-    """Samples in `folder` by a line of 05, and their embeddings; with tokens, these too."""
-    make(folder / "samples.npy", f"05_sample.py {line} --out {folder}")
+    """Samples in `folder` by a line that starts 05, and their embeddings; with tokens, these too."""
+    make(folder / "samples.npy", f"{line} --out {folder}")
     embed = f"01_embed.py --data {data} --images {folder}/samples.npy --out"
     make(folder / "data.json", f"{embed} {folder} --cls-only")
     if tokens:
@@ -192,7 +192,7 @@ def twostage(runs, seed):
     make(own / "twostage" / "2sdm" / "y.json", f"07_twostage.py y --data {own} --seed {seed}")
     for row, (model, y, further) in ROWS.items():
         line = f"--data {own} --checkpoint {own}/{model}.pt --y {own}/twostage/{y}/y.npy --seed {seed} {further}"
-        sample(own, out / row, line)
+        sample(own, out / row, f"05_sample.py {line}")
     print(f"seed {seed}: twostage is done", flush=True)
 
 
@@ -209,7 +209,7 @@ def chain(runs, seed, name):
         told = data if data in ENCODERS else own                       # the same images, in the model's own embedding
         line = f"--data {runs / told} --checkpoint {checkpoint} --guidance {w} --seed {seed} {sampler} "
         line += conditions.format(seed=seed)
-        sample(runs / own, runs / str(seed) / shown / f"{name}_w{w}", line, shown == "fullset")
+        sample(runs / own, runs / str(seed) / shown / f"{name}_w{w}", f"05_sample.py {line}", shown == "fullset")
     print(f"seed {seed}: {name} is done", flush=True)
 
 
@@ -276,7 +276,7 @@ def summary(values, metric):
     """Mean +- s.d. (n - 1) as the page prints it."""
     if not values:
         return "-"
-    digits = 1 if metric in ("fid", "ms_image", "seconds") else 3
+    digits = dict(fid=1, ms_image=1, seconds=0, kid=4).get(metric, 3)
     spread = f" ± {statistics.stdev(values):.{digits}f}" if len(set(values)) > 1 else ""
     return f"{statistics.mean(values):.{digits}f}{spread}"
 

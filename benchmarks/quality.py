@@ -17,7 +17,7 @@ import torch
 
 import common
 from benchmarks import report
-from benchmarks.claims import DEMO, make, script, summary
+from benchmarks.claims import DEMO, make, sample, script, summary
 
 RECIPES = {                                                            # variant of benchmarks/variants.py, flags of 04
     "demo": ("", "--steps 1600"),
@@ -38,9 +38,7 @@ def chain(data, runs, seed, name):
     start = f"-m benchmarks.variants {variant}" if variant else ""
     out = runs / str(seed) / name.replace(" ", "_")
     make(out / "pairs.pt", f"{start} 04_train_pairs.py {where} --out {out}/pairs.pt {flags}")
-    sampled = f"{where} --draw {seed} --checkpoint {out}/pairs.pt --out {out} {SAMPLER}"
-    make(out / "samples.npy", f"{start} 05_sample.py {sampled}")
-    make(out / "data.json", f"01_embed.py --data {data} --images {out}/samples.npy --out {out} --cls-only")
+    sample(data, out, f"{start} 05_sample.py {where} --draw {seed} --checkpoint {out}/pairs.pt {SAMPLER}")
     return out
 
 
@@ -74,7 +72,7 @@ def main():
     lines = []
     for name in args.recipes:
         values = [[row[key] for row in rows if row["recipe"] == name] for key in METRICS]
-        lines.append([name, " ".join(RECIPES[name]), *map(summary, values, METRICS)])
+        lines.append([name, " ".join(RECIPES[name]).strip(), *map(summary, values, METRICS)])
     about = f"torch {torch.__version__}, two trainings at a time."
     report.finish(args, "quality", about, [report.table(["recipe", "change", *METRICS], lines)], rows)
 
