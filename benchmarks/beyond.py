@@ -27,7 +27,7 @@ VARIANTS = {"plain": "", "tcfg": "--tcfg", "cads": "--cads 0.25", "interval": "-
 STEPS = (4, 8, 16, 32, 64, 128)
 SAMPLERS = {"ddpm": "--sampler ddpm", "ddim": "--sampler ddim", "dpm++": "--sampler dpm++", "demo": DEMO}
 MODELS = {"dial": "-m beyond.dial", "recon_full": "03_train_recon.py", "pairs_full": "04_train_pairs.py",
-          "pairs": "04_train_pairs.py --batch 16"}                     # 1,600 steps each, as in claims.py
+          "pairs": "04_train_pairs.py --batch 16 --steps 1600"}        # as in claims.py
 # group: {folder: (model, flags of beyond.sample)}
 GROUPS = {"dial": {}, "guidance": {}, "steps": {}}
 for s in DIAL:

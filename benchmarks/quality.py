@@ -20,14 +20,14 @@ from benchmarks import report
 from benchmarks.claims import DEMO, make, sample, script, summary
 
 RECIPES = {                                                            # variant of benchmarks/variants.py, flags of 04
-    "demo": ("", "--steps 1600"),
-    "batch 16": ("", "--batch 16 --lr 1e-3 --steps 2960"),
-    "FiLM": ("", "--cond film --steps 2220"),
-    "FiLM, batch 16": ("", "--cond film --batch 16 --lr 1e-3 --steps 3680"),
-    "narrow trunk": ("channels=32,64,128", "--steps 2500"),
-    "narrow trunk, FiLM": ("channels=32,64,128", "--cond film --steps 2950"),
-    "more noise": ("noise_size=8", "--steps 1600"),
-    "narrow trunk, more noise": ("channels=32,64,128;noise_size=8", "--steps 2500"),
+    "demo": ("", ""),
+    "FiLM": ("", "--cond film --steps 2950"),
+    "more noise": ("noise_size=8", ""),
+    "wide": ("channels=32,64,192", "--steps 1600"),
+    "wide, batch 16": ("channels=32,64,192", "--batch 16 --lr 1e-3 --steps 2960"),
+    "wide, FiLM": ("channels=32,64,192", "--cond film --steps 2220"),
+    "wide, FiLM, batch 16": ("channels=32,64,192", "--cond film --batch 16 --lr 1e-3 --steps 3680"),
+    "wide, more noise": ("channels=32,64,192;noise_size=8", "--steps 1600"),
     "diffusers": ("unet", "--cond tokens --steps 260"),
 }
 SAMPLER = f"{DEMO} --sample-steps 12 --per-page 6 --variations 10"
