@@ -29,7 +29,7 @@ from PIL import Image
 import common
 from benchmarks import report
 
-BUDGET = "--steps 1600 --batch 16"                                     # of most models; `make demo` takes twice it
+BUDGET = "--steps 1600 --batch 16"                                     # of most models; less than `make demo`
 DEMO = "--time-power 2 --interpolation 0"                              # the sampler of `make demo`, with 12 steps
 TWOSTAGE = "--cond-drop 0 --steps 1000"                                # image models of 2SDM
 ARRAYS = ["images.npy", "pages.npy", "split.npy", "names.npy", "cls.npy", "tokens.npy", "data.json"]

@@ -149,11 +149,11 @@ def test_sample_images():
     assert seen == pytest.approx(common.logsnr_schedule(times, 8, 4).tolist(), abs=1e-3)
 
 
-@pytest.mark.parametrize("column, preset", [(1, "semantica64"), (2, "semantica256"), (3, "digits16")])
+@pytest.mark.parametrize("column, preset", [(1, "semantica64"), (2, "semantica256"), (3, "digits16"), (4, "full16")])
 def test_presets_are_those_of_the_page(column, preset):
     """docs/differences.md names the source of every constant."""
     page = (Path(common.__file__).parent / "docs" / "differences.md").read_text()
-    rows = re.findall(r"(?m)^\| `(\w+)` \| `(.+?)` \| `(.+?)` \| `(.+?)` \|", page)
+    rows = re.findall(r"(?m)^\| `(\w+)` \| `(.+?)` \| `(.+?)` \| `(.+?)` \| `(.+?)` \|", page)
     assert {row[0]: ast.literal_eval(row[column]) for row in rows} == common.PRESETS[preset]
 
 
