@@ -156,7 +156,7 @@ def precision_recall(run):
 def training(run):
     """The loss over steps: some noise levels still improve when the mean over all of them looks flat.
 
-    Grey: our `make demo` (docs/reference; a band if of several seeds), if this run has its learning rates.
+    Grey: three seeds of our `make demo` (docs/reference), if this run has its learning rates.
     """
     figure, panels = plt.subplots(1, 3, figsize=(15, 5), layout="constrained", sharey=True)
     for name, axes in zip(("recon", "pairs"), panels[1:]):
