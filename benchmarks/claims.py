@@ -1,13 +1,11 @@
 """The papers' claims, measured again: runs the numbered scripts over seeds, then fills in docs/claims.md.
 
 Everything goes through the scripts' command lines and files, below runs/claims: data folders, SEED/MODEL.pt,
-SEED/SET/MODEL_wW. A repeated command goes on where it stopped. Two chains of commands run side by side, one thread
-each; a seed takes about an hour and a half on two cores.
+SEED/SET/MODEL_wW. A repeated command goes on where it stopped. A seed takes 40 to 90 minutes on two cores.
 
 The page itself says what is compared. A row of its tables names a set of samples, a metric, and two folders of samples
 (or one and a number, or `real`, the row of real images of 06). `write` fills in values, verdicts and commands. It keeps
-the scores in docs/reference/claims.json, so that the models can be measured one by one, on several machines. A row of
-the page whose sets were never measured stays as it is.
+the scores in docs/reference/claims.json, so models can be measured one by one. A row never measured stays as it is.
 
     pip install -r requirements-dev.txt                              # Lite2's weights, scikit-image's photographs
     python -m benchmarks.claims run                                  # all models, seeds 0 1 2
@@ -42,6 +40,8 @@ MODELS = {
     "pairs_full": ("digits", PAIRS, ""),
     "film": ("digits", PAIRS, f"{BUDGET} --cond film"),
     "tokens": ("digits", PAIRS, f"{BUDGET} --cond tokens"),
+    "film_full": ("digits", PAIRS, "--cond film"),
+    "tokens_full": ("digits", PAIRS, "--cond tokens"),
     "unfiltered": ("unfiltered", PAIRS, BUDGET),
     "low_only": ("low_only", PAIRS, BUDGET),
     "small": ("digits", f"-m benchmarks.variants channels=16,32,64 {PAIRS}", BUDGET),
