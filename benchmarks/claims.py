@@ -29,7 +29,6 @@ from benchmarks import report
 
 BUDGET = "--steps 1600 --batch 16"                                     # of most models; less than `make demo`
 DEMO = "--time-power 2 --interpolation 0"                              # the sampler of `make demo`, with 12 steps
-TWOSTAGE = "--cond-drop 0 --steps 1000"                                # image models of 2SDM
 ARRAYS = ["images.npy", "pages.npy", "split.npy", "names.npy", "cls.npy", "tokens.npy", "data.json"]
 PAIRS, RECON = "04_train_pairs.py", "03_train_recon.py"
 # name: (data folder, script, further flags). The other flags are the preset's, the same for all.
@@ -53,7 +52,7 @@ MODELS = {
     "photos": ("photos", PAIRS, BUDGET),
     "photos_recon": ("photos", RECON, BUDGET),
     "photos_random": ("photos_random", PAIRS, BUDGET),
-    "twostage": ("digits", RECON, TWOSTAGE),                           # three image models and a prior, see twostage()
+    "twostage": ("digits", RECON, "--cond-drop 0 --steps 1000"),       # three image models and a prior, see twostage()
 }
 # Sets of samples: data folder of the conditions (of the model, if its encoder is another), flags of 05, flags of 06.
 SETS = {
@@ -65,13 +64,12 @@ SETS = {
 }
 # name: (set, guidance) of all that is sampled from it. Every other model: the digits, w = 1.
 FULL = [*(("digits", w) for w in (1, 0, 2, 4)), ("fullset", 1), ("hundred", 1)]
-PAPER = [("digits", w) for w in (0.1, 0.3, 0.5, 0.7)]                  # and 1: the guidance weights of [S], table 5
 SAMPLED = {
     "recon": [("digits", 1), ("fullset", 1)],
     "pairs": [("digits", 1), ("fullset", 1), ("hundred", 1)],
     **dict.fromkeys(("unfiltered", "low_only"), [("digits", 1), ("hundred", 1)]),
     "recon_full": FULL,
-    "pairs_full": FULL + PAPER,
+    "pairs_full": FULL + [("digits", w) for w in (0.1, 0.3, 0.5, 0.7)],    # and 1: the weights of [S], table 5
     **dict.fromkeys(("pages", "web", "classes"), [("digits", 1), ("photos", 1)]),
     **dict.fromkeys(("photos_recon", "photos_random"), [("photos", 1)]),
     "photos": [("photos", w) for w in (1, 0, 2, 4)],
