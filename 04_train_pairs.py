@@ -7,8 +7,8 @@ Writes  DATA/pairs.pt {model, ema, optimizer, step, config}; pairs.pt.partial, t
         pairs.jsonl, a row every 50 steps: loss, loss in five bins of t from low to high noise, lr, images_per_s
         pairs.png, samples for eight held-out images at every save
 
-`diff 03_train_recon.py 04_train_pairs.py` is the idea of Semantica. "A random image of the episode" (its section 5) is
-read as: a page at random, then one of its pairs at random. A repeated command resumes, as in 03.
+`diff 03_train_recon.py 04_train_pairs.py` is the idea of Semantica. "Another image from the same episode" (section 5)
+is read as: a page at random, then one of its pairs at random. A repeated command resumes, as in 03.
 
     python 04_train_pairs.py                                                       # digits at 16 px, one core: 5 min
     python 04_train_pairs.py --data runs/emoji64 --workers 4                       # 64 px on one GPU
