@@ -110,7 +110,7 @@ def prior_loss(net, norm, y, eps, t, given):
 def batch_of(seed, step, size, rows, embeddings, page, parameters, device, rank=0, world=1):
     """This process's share b of a batch of `rows`, a function of (seed, step): y, eps, t, given of prior_loss.
 
-    embeddings: 1 + A arrays [N, D], plain and augmented; page [N, L]; parameters [A, N, P]. Half of a batch is plain.
+    embeddings: 1 + A arrays [N, D], plain and augmented; page [N, L]; parameters [A, N, P]. At least half is plain.
     """
     rng, augmented = np.random.default_rng([seed, step, 0, 3]), len(embeddings) - 1
     row = rows[rng.integers(len(rows), size=size)][rank::world]

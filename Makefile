@@ -1,9 +1,9 @@
 # The pipeline as a graph of files: a stage runs again only when a file it reads has changed.
 #   make demo                    the digits, on a CPU           make demo PRESET=emoji16    OpenMoji, on a CPU
 #   make demo PRESET=emoji64     OpenMoji, on a GPU             make test                   the tests
-#   make full                    the digits, a wider network trained 8 times as long, read by a judge of digits: 50 minutes
+#   make full                    the digits, a wider network, 4 times the images, read by a judge of digits: an hour
 #   make figures                 figures for a lecture, after make demo, two minutes
-#   make twostage                2SDM, after make demo          make sweep                  2SDM told more and less, an hour
+#   make twostage                2SDM, after make demo          make sweep                  2SDM told more, less
 PRESET   ?= digits16
 SEED     ?= 0
 GUIDANCE ?= 1 0 2

@@ -41,8 +41,8 @@ SMALL = dict(size=16, patch=1, transformers=1, cond="both", cond_drop=0.1, loss=
 
 # From the text of [S] (6.1): channels, blocks of the first three stages and of the last, two transformer stages, batch,
 # loss in epsilon, noise_size, DDPM with interpolation 0.2, 300,000 steps of the ablations.
-# Named there but unreadable in our copy, so from [SD]: lr, Adam's betas and epsilon (in 03), ema. Not named, so from
-# [SD]: warmup.
+# Named there but unreadable in our copy, so from [SD], by memory: lr, Adam's betas and epsilon (in 03), ema. Not named,
+# so from [SD], by memory: warmup, constant rate.
 # Our choice: size, patch, three blocks in the stage of 512 channels, cond_drop, sample_steps, as many steps at 256 px.
 # No dropout and no clipping of gradients.
 PAPER = dict(transformers=2, cond="tokens", cond_drop=0.1, loss="eps", noise_size=32, batch=2048, lr=1e-4, ema=0.9999,
