@@ -106,9 +106,9 @@ def preview():
     Guidance w = 1, or 0 if the network does not learn the null condition.
     """
     shown = np.random.default_rng(0).permutation(np.flatnonzero(split == split.max()))[:8]
-    streams = [common.generator(device, args.seed, i, j, 1) for i in range(len(shown)) for j in range(8)]
+    generators = [common.generator(device, args.seed, i, j, 1) for i in range(len(shown)) for j in range(8)]
     condition = common.take(told, shown.repeat(8), device)
-    x = common.sample_images(ema, condition, streams, float(args.cond_drop > 0), config)
+    x = common.sample_images(ema, condition, generators, float(args.cond_drop > 0), config)
     if rank == 0:
         common.contact_sheet(out.with_suffix(".png"), [[images[i], *x[8 * n:8 * n + 8]] for n, i in enumerate(shown)])
 

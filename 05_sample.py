@@ -99,9 +99,9 @@ def main():
         for start in tqdm(starts, out.name, unit="batch", disable=True if rank else None):
             clock = time.perf_counter()
             i, j = jobs[start:start + args.batch_images].T
-            streams = [common.generator(device, args.seed, *job, 1) for job in zip(i.tolist(), j.tolist())]
+            generators = [common.generator(device, args.seed, *job, 1) for job in zip(i.tolist(), j.tolist())]
             condition = common.take(told, conditions[i], device)
-            samples[i, j] = common.sample_images(model, condition, streams, w, config | how, args.interpolation)
+            samples[i, j] = common.sample_images(model, condition, generators, w, config | how, args.interpolation)
             seconds.append((time.perf_counter() - clock) / len(i))
         if rank == 0:                                                   # samples.npy comes last
             judged = [f for f in out.glob("*/cls.npy") if not (f.parent / "samples.npy").exists()]

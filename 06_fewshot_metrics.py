@@ -72,30 +72,30 @@ def kernel_mean(x, y=None):
     return total.item() / (len(x) * (len(x) - 1 if y is None else len(y)))
 
 
-def reach(x):
+def radius(x):
     """Distance of each row of x [n, d] to its K-th nearest other row, [n]. The nearest of all is the row itself."""
     return torch.cat([torch.cdist(part, x).kthvalue(K + 1).values for part in x.split(CHUNK)])
 
 
-def precision_recall(real, fake, reach_real, reach_fake):
-    """Precision and recall of fake [n, d] against real [m, d], given the reach() of each."""
-    within, covered = torch.zeros_like(reach_fake, dtype=torch.bool), []
-    for part, own in zip(real.split(CHUNK), reach_real.split(CHUNK)):
+def precision_recall(real, fake, radius_real, radius_fake):
+    """Precision and recall of fake [n, d] against real [m, d], given the radius() of each."""
+    within, covered = torch.zeros_like(radius_fake, dtype=torch.bool), []
+    for part, own in zip(real.split(CHUNK), radius_real.split(CHUNK)):
         distance = torch.cdist(part, fake)                              # [c, n]
         within |= (distance <= own[:, None]).any(0)
-        covered.append((distance <= reach_fake).any(1))
+        covered.append((distance <= radius_fake).any(1))
     return within.double().mean().item(), torch.cat(covered).double().mean().item()
 
 
 def statistics(features, device="cpu"):
     """What a set [n, d] brings to every comparison. In float64: FID and KID are differences of large numbers."""
     x = torch.tensor(features, dtype=torch.float64, device=device)
-    return dict(x=x, moments=moments(x), kernel=kernel_mean(x), reach=reach(x))
+    return dict(x=x, moments=moments(x), kernel=kernel_mean(x), radius=radius(x))
 
 
 def compare(real, fake):
     """The metrics of one set against another, from the statistics() of both."""
-    precision, recall = precision_recall(real["x"], fake["x"], real["reach"], fake["reach"])
+    precision, recall = precision_recall(real["x"], fake["x"], real["radius"], fake["radius"])
     kid = fake["kernel"] + real["kernel"] - 2 * kernel_mean(fake["x"], real["x"])
     return dict(n=len(fake["x"]), m=len(real["x"]), d=real["x"].shape[1],
                 fid=frechet_distance(fake["moments"], real["moments"]), kid=kid, precision=precision, recall=recall)

@@ -15,7 +15,6 @@ prior   trains DATA/prior.pt {model, ema, optimizer, step, config}. prior.jsonl 
 y       writes for each of --rows DATA/twostage/ROW/y.npy [n, C] float32, what to draw n images from, and y.json
             unconditional   C = 0                           kmeansK, pcaK   rows of that array of `told`
             oracle          embeddings of training images   2sdm            samples of the prior
-        and with 2sdm DATA/twostage/y_grid.npy [8, C]: from its first y to its last, the prior's noise interpolated.
         The rows belong to the same n training images, drawn at random, so clusters come by their size.
 With --label page: DATA/prior_page.pt and DATA/twostage_page/. A page should be a class then, not a web page.
 
@@ -95,7 +94,8 @@ class Prior(nn.Module):
 
     def forward(self, z, logsnr, given):
         tokens = [layer(c) for layer, c in zip(self.given_in, given) if layer]           # [B, width] each
-        tokens += [self.noise_in(common.waves(logsnr / 30, 32)), self.y_in(z.flatten(1)), self.query.expand(len(z), -1)]
+        level = self.noise_in(common.sinusoids(logsnr / 30, 32))
+        tokens += [level, self.y_in(z.flatten(1)), self.query.expand(len(z), -1)]
         h = self.layers(torch.stack(tokens, 1))                          # [B, 3 to 5, width]
         return self.out(h[:, -1])[..., None, None]                       # [B, D, 1, 1]
 
@@ -118,9 +118,9 @@ def batch_of(seed, step, size, rows, embeddings, page, parameters, device, rank=
     t = ((rng.random() + np.arange(size)) / size)[rank::world]           # one in each of B strata of [0, 1], ascending
     y = np.stack([embeddings[v][r] for v, r in zip(view, row)])          # [b, D]
     given = page[row], parameters[view - 1, row] * (view > 0)[:, None]   # [b, L], [b, P]: zeros are a plain image
-    streams = [common.generator("cpu", seed, step, i, 3) for i in range(rank, size, world)]
+    generators = [common.generator("cpu", seed, step, i, 3) for i in range(rank, size, world)]
     y, t, *given = (torch.from_numpy(a.astype(np.float32)).to(device) for a in (y, t, *given))
-    return y, common.randn(streams, y.shape[1:]).to(device), t, given
+    return y, common.randn(generators, y.shape[1:]).to(device), t, given
 
 
 def train_prior(out, args, network, encoder, sets, arrays, device, rank, world):
@@ -165,26 +165,25 @@ def train_prior(out, args, network, encoder, sets, arrays, device, rank, world):
 # y for 05_sample.py.
 
 
+def load_prior(path, device):
+    """The prior of a checkpoint with its averaged weights, and the checkpoint."""
+    checkpoint = common.load(path, "07_twostage.py prior")
+    prior = Prior(**checkpoint["config"]["network"])
+    prior.load_state_dict(checkpoint["ema"])
+    return prior.to(device).eval(), checkpoint
+
+
 @torch.no_grad()
-def sample_y(prior, streams, label, steps):
-    """Sample the prior by DDPM: y [B, D + L] and grid [8, D + L], embedding and label, for B streams and label [B, L].
-
-    The grid goes from the first sample to the last (if they share the label): its noise lies between theirs, on the
-    great circle. x_hat becomes the v that the sampler expects: v = (alpha z - x_hat) / sigma.
-    """
-    label = torch.from_numpy(np.concatenate([label, label[:1].repeat(8, 0)])).to(streams[0].device)
-    angle = torch.linspace(0, math.pi / 2, 8, device=label.device).view(8, 1, 1, 1)
+def sample_y(prior, noise, label, steps):
+    """Sample the prior by DDPM: [B, D + L], embedding and label, for label [B, L] and noise() -> [B, D, 1, 1]."""
     plain = label.new_zeros(len(label), prior.given[1])                  # no augmentation
-
-    def noise():
-        eps = common.randn(streams, (len(prior.norm.mean), 1, 1))
-        return torch.cat([eps, angle.cos() * eps[0] + angle.sin() * eps[-1]])            # unit variance at every angle
 
     def denoise(z, logsnr):
         alpha, sigma = common.alpha_sigma(logsnr)
-        return (alpha * z - prior(z, logsnr, (label, plain))) / sigma
-    x = common.ddpm(denoise, noise, prior_schedule(torch.linspace(1, 0, steps + 1, device=label.device)), clip=False)
-    return np.split(torch.cat([x.flatten(1) * prior.norm.std + prior.norm.mean, label], 1).cpu().numpy(), [-8])
+        return (alpha * z - prior(z, logsnr, (label, plain))) / sigma    # v of x_hat = alpha z - sigma v
+    logsnrs = prior_schedule(torch.linspace(1, 0, steps + 1, device=label.device))
+    y = common.ddpm(denoise, noise, logsnrs, clip=False).flatten(1)      # standardised
+    return torch.cat([y * prior.norm.std + prior.norm.mean, label], 1).cpu().numpy()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -249,16 +248,14 @@ def main():
         for row in args.rows:
             about = dict(encoder=meta["encoder"], prior=None, step=None, seed=args.seed, ms_row=0)
             if row == "2sdm":
-                state = common.load(path, "07_twostage.py prior")
-                prior = Prior(**state["config"]["network"]).to(device).eval()
-                prior.load_state_dict(state["ema"])
+                prior, state = load_prior(path, device)
                 if (state["config"]["encoder"], prior.given[0]) != (meta["encoder"], page.shape[1]):
                     common.die(f"{path} has another encoder or other labels than {args.data}; train it again")
-                streams = [common.generator(device, args.seed, i, 0, 4) for i in range(n)]
+                generators = [common.generator(device, args.seed, i, 0, 4) for i in range(n)]
+                noise = partial(common.randn, generators, (cls.shape[1], 1, 1))
                 clock = time.perf_counter()
-                told[row], grid = sample_y(prior, streams, page[drawn], preset["sample_steps"])
+                told[row] = sample_y(prior, noise, torch.from_numpy(page[drawn]).to(device), preset["sample_steps"])
                 about |= dict(prior=path.name, step=state["step"], ms_row=1e3 * (time.perf_counter() - clock) / n)
-                write(folder / "y_grid.npy", grid)
             y = told[row] if row in told else common.load(args.data / f"{row}{suffix}.npy", "07_twostage.py")[drawn]
             write(folder / row / "y.npy", y)
             write(folder / row / "y.json", about)

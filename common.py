@@ -138,15 +138,15 @@ def ddpm(denoise, noise, logsnrs, interpolation=0.2, clip=True):
     return x_hat
 
 
-def sample_images(model, condition, streams, guidance, config, interpolation=0.2):
-    """Images [B, S, S, 3] uint8 for the embeddings `condition` of B rows; row i takes its noise from streams[i].
+def sample_images(model, condition, generators, guidance, config, interpolation=0.2):
+    """Images [B, S, S, 3] uint8 for the embeddings `condition` of B rows; row i takes its noise from generators[i].
 
     config: size, noise_size, sample_steps, amp and time_power. Times are u^time_power for even u: above 1, more of a
     few steps fall on low noise.
     """
-    u = torch.linspace(1, 0, config["sample_steps"] + 1, device=streams[0].device)
+    u = torch.linspace(1, 0, config["sample_steps"] + 1, device=generators[0].device)
     logsnrs = logsnr_schedule(u ** config["time_power"], config["size"], config["noise_size"])
-    noise = partial(randn, streams, (3, config["size"], config["size"]))
+    noise = partial(randn, generators, (3, config["size"], config["size"]))
     with autocast(u.device, config["amp"]):
         x = ddpm(guide(model, guidance, condition), noise, logsnrs, interpolation)
     return ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
@@ -161,9 +161,9 @@ def generator(device, *key):
     return torch.Generator(device).manual_seed(seed)
 
 
-def randn(streams, shape):
-    """[len(streams), *shape] of unit noise, row i from streams[i]: an image does not depend on its batch."""
-    return torch.stack([torch.randn(shape, generator=g, device=g.device) for g in streams])
+def randn(generators, shape):
+    """[len(generators), *shape] of unit noise, row i from generators[i]: no image depends on its batch."""
+    return torch.stack([torch.randn(shape, generator=g, device=g.device) for g in generators])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -278,7 +278,7 @@ class Stage(nn.Module):
         return x.transpose(1, 2).reshape(h.shape)
 
 
-def waves(x, n=128):
+def sinusoids(x, n=128):
     """x [B] in about +-0.5 -> [B, 2 n]: sines and cosines of n frequencies from 1 to 1,000."""
     angles = x[:, None] * torch.exp(torch.linspace(0, math.log(1000), n, device=x.device))
     return torch.cat([angles.sin(), angles.cos()], -1)
@@ -308,21 +308,21 @@ class UViT(nn.Module):
             self.token_pos = nn.Parameter(torch.randn(told["tokens"][0], dim) * 0.02)
             self.token_null = nn.Parameter(torch.randn(dim) * 0.02)
         self.conv_in = nn.Conv2d(3, channels[0], patch, patch) if patch > 1 else nn.Conv2d(3, channels[0], 3, padding=1)
-        self.down, self.shrink, self.grow, self.up = (nn.ModuleList() for _ in range(4))
+        self.down, self.down_conv, self.up_conv, self.up = (nn.ModuleList() for _ in range(4))
         grids = [size // patch // 2 ** i for i in range(len(channels))]
         for i, c in enumerate(channels[:-1]):
             grid = grids[i] if i >= len(channels) - transformers else None
             self.down.append(Stage(c, emb_dim, blocks[i], grid))
-            self.shrink.append(nn.Conv2d(c, channels[i + 1], 1))       # after average pooling
-            self.grow.append(nn.Conv2d(channels[i + 1], c, 1))         # before nearest-neighbour upsampling
+            self.down_conv.append(nn.Conv2d(c, channels[i + 1], 1))    # after average pooling
+            self.up_conv.append(nn.Conv2d(channels[i + 1], c, 1))      # before nearest-neighbour upsampling
             self.up.append(Stage(c, emb_dim, blocks[i], grid))
-        self.trunk = Stage(dim, emb_dim, blocks[-1], grids[-1], cross="tokens" in told)
+        self.middle = Stage(dim, emb_dim, blocks[-1], grids[-1], cross="tokens" in told)
         self.norm_out = group_norm(channels[0])
         self.conv_out = zero(nn.Conv2d(channels[0], 3 * patch * patch, 3, padding=1))
 
     def forward(self, z, logsnr, cls=None, tokens=None, drop=None):
         drop = torch.zeros_like(logsnr, dtype=torch.bool) if drop is None else drop
-        emb = self.noise_mlp(waves(logsnr / 30))                       # [B, E]; logsnr in about +-15
+        emb = self.noise_mlp(sinusoids(logsnr / 30))                   # [B, E]; logsnr in about +-15
         if cls is not None:
             emb = emb + torch.where(drop[:, None], self.cls_null, self.cls_in(self.norm["cls"](cls)))
         emb, context = F.silu(emb), None
@@ -331,13 +331,13 @@ class UViT(nn.Module):
             context = torch.where(drop[:, None, None], self.token_null, context)
 
         h, skips = self.conv_in(z), []                                 # [B, C0, S, S], S = size / patch
-        for stage, shrink in zip(self.down, self.shrink):
+        for stage, down_conv in zip(self.down, self.down_conv):
             h = stage(h, emb)
             skips.append(h)
-            h = shrink(F.avg_pool2d(h, 2))                             # half the resolution, the next stage's channels
-        h = self.trunk(h, emb, context)                                # [B, D, H, W]
-        for stage, grow in zip(reversed(self.up), reversed(self.grow)):
-            h = (F.interpolate(grow(h), scale_factor=2) + skips.pop()) / math.sqrt(2)
+            h = down_conv(F.avg_pool2d(h, 2))                          # half the resolution, the next stage's channels
+        h = self.middle(h, emb, context)                               # [B, D, H, W]
+        for stage, up_conv in zip(reversed(self.up), reversed(self.up_conv)):
+            h = (F.interpolate(up_conv(h), scale_factor=2) + skips.pop()) / math.sqrt(2)
             h = stage(h, emb)
         h = self.conv_out(F.silu(self.norm_out(h)))                    # [B, 3 patch^2, S, S]
         return F.pixel_shuffle(h, self.patch).float()                  # [B, 3, size, size]

@@ -32,7 +32,7 @@ def of_06(x, y):
     m = report.script("06_fewshot_metrics")
     fake, real = (torch.tensor(a, dtype=torch.float64) for a in (x, y))
     return {"fid": lambda: m.frechet_distance(m.moments(fake), m.moments(real)),
-            "precision+recall": lambda: m.precision_recall(real, fake, m.reach(real), m.reach(fake))}
+            "precision+recall": lambda: m.precision_recall(real, fake, m.radius(real), m.radius(fake))}
 
 
 def of_prdc(x, y):

@@ -38,8 +38,8 @@ def main():
             model(z, logsnr, **given)
 
     def sample_images(guidance):
-        streams = [common.generator("cpu", 0, i, 0, 1) for i in range(args.batch)]
-        common.sample_images(model, condition, streams, guidance, preset)
+        generators = [common.generator("cpu", 0, i, 0, 1) for i in range(args.batch)]
+        common.sample_images(model, condition, generators, guidance, preset)
 
     calls = {(w, way.__name__): partial(way, w) for w in args.guidance for way in (bare, sample_images)}
     times = report.take_turns(calls, args.rounds)

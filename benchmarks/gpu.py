@@ -154,8 +154,8 @@ def train(name, batch, compiled, peak, device):
 
 def sample(name, n, device, steps=8):
     model, condition = network(name, n, device)
-    streams = [common.generator(device, 0, i, 0, 1) for i in range(n)]
-    call = partial(common.sample_images, model, condition, streams, 1, PRESETS[name] | dict(sample_steps=steps))
+    generators = [common.generator(device, 0, i, 0, 1) for i in range(n)]
+    call = partial(common.sample_images, model, condition, generators, 1, PRESETS[name] | dict(sample_steps=steps))
     ms = 1e3 * seconds_a_call(call, device, 3) / n / steps
     return dict(batch=n, ms_per_image_and_step=ms, images_per_s=1e3 / ms / PRESETS[name]["sample_steps"])
 

@@ -7,6 +7,6 @@ DIAL = 257                                                             # columns
 
 
 def embed(similarity):
-    """Similarities [B], nan where none is given -> [B, 257]: waves as of the noise level, and whether one is given."""
+    """Similarities [B], nan where none is given -> [B, 257]: sinusoids, as of the noise level, and if one is given."""
     given = ~similarity.isnan()[:, None]                               # [B, 1]
-    return torch.cat([common.waves(similarity.nan_to_num() / 2) * given, given], 1)
+    return torch.cat([common.sinusoids(similarity.nan_to_num() / 2) * given, given], 1)

@@ -107,11 +107,11 @@ first = common.resume(out, model, ema, optimizer, config)
 def preview():
     """Samples (w = 1) of eight similarities for each of eight held-out images, with the same noise every time."""
     shown = np.random.default_rng(0).permutation(np.flatnonzero(split == split.max()))[:8]
-    streams = [common.generator(device, args.seed, i, j, 1) for i in range(len(shown)) for j in range(8)]
+    generators = [common.generator(device, args.seed, i, j, 1) for i in range(len(shown)) for j in range(8)]
     condition = common.take(told, shown.repeat(8), device)
     similarity = torch.linspace(1, 0.5, 8, device=device).repeat(len(shown))
     condition["cls"] = torch.cat([condition["cls"], beyond.embed(similarity)], 1)
-    x = common.sample_images(ema, condition, streams, float(args.cond_drop > 0), config)
+    x = common.sample_images(ema, condition, generators, float(args.cond_drop > 0), config)
     if rank == 0:
         common.contact_sheet(out.with_suffix(".png"), [[images[i], *x[8 * n:8 * n + 8]] for n, i in enumerate(shown)])
 

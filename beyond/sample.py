@@ -83,7 +83,7 @@ def time_of(logsnr, size, noise_size):
     return (torch.atan(torch.exp(math.log(noise_size / size) - logsnr / 2)) - a) / (b - a)
 
 
-def cads(norms, config, streams, scale, low=0.6, high=0.9):
+def cads(norms, config, generators, scale, low=0.6, high=0.9):
     """(condition, logsnr) -> condition with noise, which fades as t falls from `high` to `low` ([CADS] section 3).
 
     y <- sqrt(gamma) y + scale sqrt(1 - gamma) n, with y the standardised condition and n unit noise. gamma is 1 below
@@ -100,7 +100,7 @@ def cads(norms, config, streams, scale, low=0.6, high=0.9):
             c = condition[name].float()                                # [B, D] or [B, T, C]
             mean, std = norm.mean[:c.shape[-1]], norm.std[:c.shape[-1]]                  # without the dial's columns
             y = (c - mean) / std
-            n = math.sqrt(gamma) * y + scale * math.sqrt(1 - gamma) * common.randn(streams, y.shape[1:])
+            n = math.sqrt(gamma) * y + scale * math.sqrt(1 - gamma) * common.randn(generators, y.shape[1:])
             axes = tuple(range(1, y.ndim))
             n = (n - n.mean(axes, keepdim=True)) / n.std(axes, keepdim=True)
             noisy[name] = mean + std * (n * y.std(axes, keepdim=True) + y.mean(axes, keepdim=True))
@@ -160,11 +160,11 @@ def sample(denoise, noise, logsnrs, sampler="ddpm", interpolation=0.2, clip=True
     return x_hat
 
 
-def sample_images(denoise, streams, config, sampler, interpolation):
+def sample_images(denoise, generators, config, sampler, interpolation):
     """common.sample_images for a denoiser (z, logsnr) -> v: images [B, S, S, 3] uint8."""
-    u = torch.linspace(1, 0, config["sample_steps"] + 1, device=streams[0].device)
+    u = torch.linspace(1, 0, config["sample_steps"] + 1, device=generators[0].device)
     logsnrs = common.logsnr_schedule(u ** config["time_power"], config["size"], config["noise_size"])
-    noise = partial(common.randn, streams, (3, config["size"], config["size"]))
+    noise = partial(common.randn, generators, (3, config["size"], config["size"]))
     with common.autocast(u.device, config["amp"]):
         x = sample(denoise, noise, logsnrs, sampler, interpolation)
     return ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
@@ -249,7 +249,7 @@ def main():
         for start in tqdm(starts, out.name, unit="batch", disable=True if rank else None):
             clock = time.perf_counter()
             i, j = jobs[start:start + args.batch_images].T
-            streams = [common.generator(device, args.seed, *job, 1) for job in zip(i.tolist(), j.tolist())]
+            generators = [common.generator(device, args.seed, *job, 1) for job in zip(i.tolist(), j.tolist())]
             condition = common.take(told, conditions[i], device)
             if dial:
                 similarity = torch.tensor(args.similarity or [math.nan], device=device)
@@ -258,7 +258,7 @@ def main():
             anneal = cads(model.norm, config, others, args.cads) if args.cads else None
             network = with_dial(model) if dial else model
             denoise = guide(network, w, condition, args.guidance_interval, args.tcfg, anneal)
-            samples[i, j] = sample_images(denoise, streams, config | how, args.sampler, args.interpolation)
+            samples[i, j] = sample_images(denoise, generators, config | how, args.sampler, args.interpolation)
             seconds.append((time.perf_counter() - clock) / len(i))
         if rank == 0:                                                   # samples.npy comes last
             for stale in ("samples.npy", "cls.npy", "data.json", "conditions.npy"):

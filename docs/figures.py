@@ -12,8 +12,10 @@ gain prints its curves as a table too; it also reads what is still training (rec
     make figures                                                    # those of a lecture (docs/course.md)
 """
 import argparse
+import importlib
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -24,6 +26,7 @@ from PIL import Image
 
 import common
 
+twostage = importlib.import_module("07_twostage")
 plt.switch_backend("Agg")
 plt.rcParams |= {"font.size": 13, "lines.markersize": 8, "legend.frameon": False,
                  "axes.spines.top": False, "axes.spines.right": False}
@@ -314,15 +317,21 @@ def slerp(a, b, fractions):
 def interpolation(run):
     """Down, the embedding moves and the content changes; across, the image's noise moves and details change."""
     device, _, _ = common.start()
-    y = torch.from_numpy(np.array(common.load(run / "twostage/y_grid.npy"))).to(device)  # [8, D]: 07 interpolated it
-    (model, config), side = load_network(run / "film.pt", device), len(y)
-    ends = [common.generator(device, 0, end, 0, 5) for end in (0, 1)]
+    (model, config), side = load_network(run / "film.pt", device), 8
+    prior, _ = twostage.load_prior(run / "prior.pt", device)
 
-    def noise():                                                       # the noise of every step, not of the first only
-        a, b = common.randn(ends, (3, config["size"], config["size"]))
-        return slerp(a, b, torch.linspace(0, 1, side, device=device)).repeat(side, 1, 1, 1)   # [8 * 8, 3, S, S]
+    def between(first, last, shape):
+        """Noise [side, *shape] on the way from one to the other, at every step of a sampler, not at the first only."""
+        return slerp(*common.randn([first, last], shape), torch.linspace(0, 1, side, device=device))
 
-    x = common.ddpm(common.guide(model, 0, {"cls": y.repeat_interleave(side, 0)}), noise, times(config, device))
+    ends = [common.generator(device, 0, i, 0, 4) for i in (0, 999)]    # those of the first and the last y of 07
+    noise = partial(between, *ends, (config["encoder"]["dim"], 1, 1))
+    y = twostage.sample_y(prior, noise, torch.zeros(side, 0, device=device), config["sample_steps"])         # [side, D]
+    condition = {"cls": torch.from_numpy(y).to(device).repeat_interleave(side, 0)}
+    ends = [common.generator(device, 0, i, 0, 5) for i in (0, 1)]
+    shape = (3, config["size"], config["size"])
+    x = common.ddpm(common.guide(model, 0, condition), lambda: between(*ends, shape).repeat(side, 1, 1, 1),
+                    times(config, device))
     figure, axes = plt.subplots(figsize=(6, 6), layout="constrained")
     draw_images(axes, np.split(pictures(x), side))
     axes.set(xlabel="the image's noise, from one to another \u2192", ylabel="\u2190 the embedding, from one to another")
@@ -418,12 +427,12 @@ def attention(run):
         q, k = layer.q(x), layer.kv(context).chunk(2, -1)[0]
         q, k = (a.unflatten(-1, (layer.heads, -1)).transpose(1, 2) for a in (q, k))
         maps.append((q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1).mean((0, 1)))          # [N, T]
-    for block in model.trunk.blocks:
+    for block in model.middle.blocks:
         block.cross.register_forward_hook(look)
     told = told_of(run, config, [chosen], device)
     x = torch.from_numpy(np.array(images[[chosen]])).to(device).permute(0, 3, 1, 2) / 127.5 - 1
     eps = common.randn([common.generator(device, 0, 0, 0, 5)], x.shape[1:])
-    grid, size = round(model.trunk.pos.shape[0] ** 0.5), config["size"]
+    grid, size = round(model.middle.pos.shape[0] ** 0.5), config["size"]
     patches = [grid * (grid // 2 - 1) + grid // 2 - 1, grid * (grid // 2) + grid // 2, grid * (grid - 1) + grid // 2]
     figure, panels = plt.subplots(3, 1 + len(patches), figsize=(9, 7.5), layout="constrained")
     for row, logsnr in zip(panels, (-6, -2, 3)):
@@ -535,8 +544,8 @@ def guidance_rows(run):
         model, config = load_network(run / f"{name}.pt", device)
         told = told_of(run, config, [chosen] * 8, device)
         for row, w in zip(sheet, weights):
-            streams = [common.generator(device, 0, i, 0, 5) for i in range(8)]
-            row += [None, *common.sample_images(model, told, streams, w, config | how, 0)]
+            generators = [common.generator(device, 0, i, 0, 5) for i in range(8)]
+            row += [None, *common.sample_images(model, told, generators, w, config | how, 0)]
     figure, axes = plt.subplots(figsize=(14, 4.5), layout="constrained")
     draw_images(axes, sheet, [f"w = {w:g}" for w in weights])
     side, gap = images.shape[1] + 2, images.shape[1] // 2
@@ -582,9 +591,9 @@ def recall(run):
     real, *both = (torch.from_numpy((x - centre) @ plane) for x in sets.values())
     figure, panels = plt.subplots(1, 2, figsize=(13, 6.5), layout="constrained", sharex=True, sharey=True)
     for axes, name, fake in zip(panels, ("recon", "pairs"), both):
-        reach = torch.cdist(fake, fake).kthvalue(4).values             # to the third neighbour; the first is itself
-        covered = (torch.cdist(real, fake) <= reach).any(1)
-        for point, radius in zip(fake, reach):
+        radii = torch.cdist(fake, fake).kthvalue(4).values             # to the third neighbour; the first is itself
+        covered = (torch.cdist(real, fake) <= radii).any(1)
+        for point, radius in zip(fake, radii):
             axes.add_patch(plt.Circle(point, radius, color="C1", alpha=0.08, linewidth=0))
         axes.plot(*fake.T, "C1.", label="samples, and their balls")
         axes.plot(*real[covered].T, "C0o", label="real, covered")
@@ -605,7 +614,7 @@ FIGURES = {                                                            # the fun
     "neighbours": (neighbours, ["images.npy", "cls.npy", "twostage/2sdm/cls.npy"]),
     "distances": (distances, ["images.npy", "cls.npy", *(f"twostage/{row}/cls.npy" for row in COMPARED)]),
     "sweep": (sweep, ["twostage/sweep/metrics.json"]),
-    "interpolation": (interpolation, ["film.pt", "twostage/y_grid.npy"]),
+    "interpolation": (interpolation, ["film.pt", "prior.pt"]),
     "idea": (idea, ["images.npy", "samples/recon_w1/samples.npy", "samples/pairs_w1/samples.npy"]),
     "schedule": (schedule, []),
     "noised": (noised, ["images.npy"]),

@@ -71,8 +71,9 @@ with common.writing_array(args.out / "samples.npy", shape, np.uint8) as samples:
         image = ImageOps.exif_transpose(image).convert("RGB")
         image = ImageOps.fit(image, [min(image.size)] * 2)              # the central square
         shown = dict(prompt="", ip_adapter_image=image) if args.ip_adapter else dict(image=encoder_input(image, pipe))
-        streams = [common.generator(device, args.seed, i, j, 1) for j in range(args.variations)]
-        drawn = pipe(**shown, num_images_per_prompt=len(streams), guidance_scale=args.guidance_scale, generator=streams)
+        generators = [common.generator(device, args.seed, i, j, 1) for j in range(args.variations)]
+        drawn = pipe(**shown, num_images_per_prompt=args.variations, guidance_scale=args.guidance_scale,
+                     generator=generators)
         samples[i] = np.stack([x.resize([args.size] * 2, Image.LANCZOS) for x in drawn.images])
     if rank == 0:                                                       # samples.npy comes last
         np.save(args.out / "conditions.npy", conditions)

@@ -37,7 +37,7 @@ def make_pairs(cls, pages, split, low, high):
 def draw(pairs, pages, batch, rng):
     """(condition [batch], target [batch]), indices: each time a page at random, then one of its pairs at random.
 
-    pairs [P, 2] as make_pairs() returns it, in any order; rng: np.random.default_rng(seed), the only source of randomness.
+    pairs [P, 2] as make_pairs() returns it, in any order; rng: np.random.default_rng(seed), the only randomness.
     """
     raise NotImplementedError("draw() of exercise 1 is a gap: write it, then run the grader again")
 

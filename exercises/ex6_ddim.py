@@ -72,8 +72,8 @@ def show(ddim):
 
     for steps in (2, 4, 8, 16):
         logsnrs = common.logsnr_schedule(torch.linspace(1, 0, steps + 1) ** 2, 16, 16)
-        streams = [common.generator("cpu", 0, 0, j, 1) for j in range(n)]
-        start = common.randn(streams, (3, 16, 16))
+        generators = [common.generator("cpu", 0, 0, j, 1) for j in range(n)]
+        start = common.randn(generators, (3, 16, 16))
         again = [common.generator("cpu", 0, 0, j, 1) for j in range(n)]  # DDPM's first noise is the same start
         x = torch.cat([common.ddpm(denoise, partial(common.randn, again, (3, 16, 16)), logsnrs, 0),
                        ddim(denoise, start, logsnrs)])

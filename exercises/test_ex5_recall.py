@@ -11,12 +11,12 @@ def line(*points):
     return torch.tensor(points, dtype=torch.float64)[:, None]
 
 
-def test_reach(ex):
-    found = [float(r) for r in ex.reach(line(0, 1, 3, 7, 15))]
+def test_radius(ex):
+    found = [float(r) for r in ex.radius(line(0, 1, 3, 7, 15))]
     hint = "This counts the point itself as its nearest neighbour" if found[0] == 3 else "Sort the distances on paper"
-    assert found == [7, 6, 4, 7, 14], f"the points 0, 1, 3, 7, 15 have reach 7, 6, 4, 7, 14, yours is {found}. {hint}"
-    found = [float(r) for r in ex.reach(line(0, 1, 3, 7, 15), 1)]
-    assert found == [1, 1, 2, 4, 8], f"for k = 1 their reach is 1, 1, 2, 4, 8, yours is {found}. Do you use k?"
+    assert found == [7, 6, 4, 7, 14], f"the points 0, 1, 3, 7, 15 have radius 7, 6, 4, 7, 14, yours is {found}. {hint}"
+    found = [float(r) for r in ex.radius(line(0, 1, 3, 7, 15), 1)]
+    assert found == [1, 1, 2, 4, 8], f"for k = 1 their radius is 1, 1, 2, 4, 8, yours is {found}. Do you use k?"
 
 
 def by_loops(real, fake, k):
@@ -42,7 +42,7 @@ def test_precision_and_recall(ex):
         p, r = map(float, found)
         swapped = " You have precision and recall swapped." if math.isclose(p, recall) else ""
         assert math.isclose(p, precision), f"k = {k}: the precision is {precision:.3f}, yours {p:.3f}.{swapped}"
-        distance, own = torch.cdist(real, fake), ex.reach(real, k)
+        distance, own = torch.cdist(real, fake), ex.radius(real, k)
         coverage = (distance <= own[:, None]).any(1).double().mean().item()
         hint = "These are the balls of the real points; recall uses those of the samples" if r == coverage else ""
         assert math.isclose(r, recall), f"k = {k}: the recall is {recall:.3f}, yours {r:.3f}. {hint}"
@@ -75,12 +75,12 @@ def test_fid_is_fooled(ex, sets):
     distance, limit = fid(fake.double(), real), fid(varied, real)
     hint = "Too few different images have another mean and covariance than all" if distance > limit else ""
     assert distance < limit, f"your FID is {distance:.2f}, the varier's {limit:.2f}. {hint}"
-    _, recall = by_reach(real, fake.double())
+    _, recall = by_radius(real, fake.double())
     hint = "Points that differ have large balls. Only samples very close to each other have small ones"
     assert recall < 0.05, f"your FID of {distance:.2f} is good, but your recall is {recall:.2f}, not below 0.05. {hint}"
 
 
-def by_reach(real, fake):
+def by_radius(real, fake):
     """Precision and recall again, independent of what is graded."""
     distance, own = torch.cdist(real, fake), [torch.cdist(s, s).sort(1).values[:, 3] for s in (real, fake)]
     precision, recall = (distance <= own[0][:, None]).any(0), (distance <= own[1]).any(1)

@@ -76,8 +76,8 @@ def test_condition_annealing_keeps_mean_and_standard_deviation():
     condition["similarity"] = torch.ones(3)
     levels = common.logsnr_schedule(torch.tensor([0.59, 0.75, 0.91]), 64, 32)
     torch.testing.assert_close(other.time_of(levels, 64, 32), torch.tensor([0.59, 0.75, 0.91]))
-    streams = [common.generator("cpu", i) for i in range(3)]
-    anneal = other.cads(model.norm, dict(size=64, noise_size=32), streams, 0.5)
+    generators = [common.generator("cpu", i) for i in range(3)]
+    anneal = other.cads(model.norm, dict(size=64, noise_size=32), generators, 0.5)
     assert anneal(condition, levels[:1]) is condition
     noisy = anneal(condition, levels[1:2])
     assert noisy["similarity"] is condition["similarity"]
@@ -85,8 +85,8 @@ def test_condition_annealing_keeps_mean_and_standard_deviation():
         before, after = (standardise(c[name]).flatten(1) for c in (condition, noisy))
         torch.testing.assert_close(torch.std_mean(after, 1), torch.std_mean(before, 1))
         assert (torch.cosine_similarity(before - before.mean(1, True), after - after.mean(1, True)) < 0.999).all()
-    for stream in streams:
-        stream.manual_seed(0)
+    for generator in generators:
+        generator.manual_seed(0)
     noise = anneal(condition, levels[2:])["tokens"].flatten(1)
     assert torch.corrcoef(noise)[0, 1] > 0.99                          # two conditions, one noise: nothing else is left
 

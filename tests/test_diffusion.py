@@ -143,8 +143,8 @@ def test_sample_images():
         seen.append(logsnr[0].item())
         return ideal_denoiser(x, 0)(z, logsnr)
     config = dict(size=8, noise_size=4, sample_steps=5, time_power=2, amp="none")
-    streams = [common.generator("cpu", 0, i, 0, 1) for i in range(3)]
-    assert np.array_equal(common.sample_images(knows_x, dict(cls=None), streams, 0, config), images)
+    generators = [common.generator("cpu", 0, i, 0, 1) for i in range(3)]
+    assert np.array_equal(common.sample_images(knows_x, dict(cls=None), generators, 0, config), images)
     times = torch.tensor([1, 0.8, 0.6, 0.4, 0.2]) ** 2
     assert seen == pytest.approx(common.logsnr_schedule(times, 8, 4).tolist(), abs=1e-3)
 

@@ -23,7 +23,7 @@ def test_all_figures_and_what_the_filter_drops(tiny_data, tmp_path):
             dropped[side] += out
             hits[side] += out and planted[side]
         kept += [cosine] if -0.2 <= cosine <= 0.5 else []
-    arrays = dict(samples=np.stack([images] * 3, 1), conditions=np.arange(4, 20, 5), y_grid=cls[:8], cls=cls,
+    arrays = dict(samples=np.stack([images] * 3, 1), conditions=np.arange(4, 20, 5), cls=cls,
                   names=np.array(names), sims=np.array(kept, np.float32))
     row = dict(guidance=None, precision=0.5, recall=0.5, fid=9.0)
     rows = json.dumps([row | dict(model=model) for model in ("real (train)", "pairs", "pca4_9", "none_9")])
@@ -38,7 +38,7 @@ def test_all_figures_and_what_the_filter_drops(tiny_data, tmp_path):
         (tiny_data / f"{name}.jsonl").write_text("\n".join(curve.splitlines()[:3]))
     for name, cond in (("recon", "both"), ("pairs", "both"), ("film", "film")):
         small.checkpoint(tiny_data / f"{name}.pt", cond, sample_steps=2)
-
+    done("07_twostage.py", "prior", "--data", tiny_data, "--steps", 2)
     (tiny_data / "snapshots").mkdir()
     said = done("-m docs.figures", tiny_data)
     drawn = {path.stem for path in (tiny_data / "figures").glob("*.png")}

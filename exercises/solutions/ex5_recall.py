@@ -15,14 +15,14 @@ import torch
 from exercises.ex5_recall import show
 
 
-def reach(x, k=3):
+def radius(x, k=3):
     return torch.cdist(x, x).kthvalue(k + 1).values                     # the first is the point itself
 
 
 def precision_recall(real, fake, k=3):
     distance = torch.cdist(real, fake)                                  # [m, n]
-    precision = (distance <= reach(real, k)[:, None]).any(0).double().mean().item()
-    recall = (distance <= reach(fake, k)).any(1).double().mean().item()
+    precision = (distance <= radius(real, k)[:, None]).any(0).double().mean().item()
+    recall = (distance <= radius(fake, k)).any(1).double().mean().item()
     return precision, recall
 
 
