@@ -99,7 +99,7 @@ def main():
     below, by_page = 0, np.zeros(pages.max() + 1, np.int64)             # by_page: the pairs kept
     with tempfile.TemporaryFile(dir=args.data) as f:                    # second pass: the pairs
         for i, j, sims in similarities(cls, pages, chosen, "pass 2 of 2"):
-            kept = (sims >= low) & (sims <= high)
+            kept = (sims >= low) & (sims <= high)                       # the filter ([S] 5)
             np.rec.fromarrays([np.stack([i, j], 1)[kept], sims[kept]], ROW).tofile(f)
             np.add.at(by_page, pages[i[kept]], 1)
             below += (sims < low).sum()

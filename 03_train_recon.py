@@ -122,7 +122,7 @@ batches = torch.utils.data.DataLoader(range(first, args.steps), batch_size=None,
                                       num_workers=args.workers, pin_memory=device.type == "cuda",
                                       multiprocessing_context="fork" if args.workers else None)
 bar = tqdm(batches, out.stem, args.steps, initial=first, unit="step", disable=True if rank else None)
-sums, clock = torch.zeros(2, 5, device=device), time.perf_counter()     # losses and their number, by noise level
+sums, clock = torch.zeros(2, 5, device=device), time.perf_counter()     # sum and number of losses, in fifths of t
 for step, batch in enumerate(bar, first + 1):                           # step counts from 1: this is batch_of(step - 1)
     batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
     for part in range(args.accumulate):

@@ -69,7 +69,7 @@ SAMPLED = {
     "pairs": [("digits", 1), ("fullset", 1), ("hundred", 1)],
     **dict.fromkeys(("unfiltered", "low_only"), [("digits", 1), ("hundred", 1)]),
     "recon_full": FULL,
-    "pairs_full": FULL + [("digits", w) for w in (0.1, 0.3, 0.5, 0.7)],    # and 1: the weights of [S], table 5
+    "pairs_full": FULL + [("digits", w) for w in (0.1, 0.3, 0.5, 0.7)],    # and 1: the weights of [S], appendices E, F
     **dict.fromkeys(("pages", "web", "classes"), [("digits", 1), ("photos", 1)]),
     **dict.fromkeys(("photos_recon", "photos_random"), [("photos", 1)]),
     "photos": [("photos", w) for w in (1, 0, 2, 4)],
