@@ -14,8 +14,8 @@ Predict   Sort the four numbers, for each model, before you run it.
 Check     pytest -x exercises/test_ex4_gain.py (it embeds 40 digits with 01_embed.py first: 10 seconds)
 To see    python -m exercises.ex4_gain: the four numbers of both checkpoints, as bars
 Hints     - common.alpha_sigma(logsnr) gives alpha and sigma, common.diffusion_loss(v_pred, x, eps, logsnr, "v") the
-            loss of each image. model(z, logsnr, cls=..., tokens=..., drop=...) predicts v; drop [n] bool: the rows
-            that are told nothing.
+            loss of each image. model(z, logsnr, drop=drop, **told) predicts v; drop [n] bool: the rows that are told
+            nothing.
           - Other conditions for the same images: {name: array[rows] for name, array in told.items()}.
           - copies() looks at two of the four numbers. Which condition misleads only a model that expects to be told x?
 Question  At logsnr = 5, an image with little noise, all four numbers are nearly the same. Why? At which noise does a
@@ -52,7 +52,7 @@ def strangers(pages):
 def gain(model, x, told, pages, logsnr, eps):
     """The losses {"itself", "mate", "nothing", "stranger"}: floats, each the mean over the n images.
 
-    x, eps [n, 3, S, S]; told {"cls": [n, D], "tokens": [n, T, C]}, row i of image i; pages [n]; logsnr [n].
+    x, eps [n, 3, S, S]; told: what the model reads, as {"tokens": [n, T, C]}, row i of image i; pages, logsnr [n].
     """
     raise NotImplementedError("gain() of exercise 4 is a gap: write it, then run the grader again")
 
@@ -81,7 +81,7 @@ def held_out_digits(folder, each=4):
     command = [sys.executable, "01_embed.py", "--images", folder / "images", "--out", folder / "data", "--held-out"]
     subprocess.run([*map(str, command), "--device", "cpu"], cwd=ROOT, check=True, capture_output=True)
     images, pages = (np.array(common.load(folder / "data" / f"{name}.npy")) for name in ("images", "pages"))
-    told = common.take(common.condition_arrays(folder / "data", "both"), np.arange(len(pages)))
+    told = common.take(common.condition_arrays(folder / "data", "tokens"), np.arange(len(pages)))
     return torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1, told, pages
 
 

@@ -92,6 +92,7 @@ def test_checkpoints_in_the_repository_read_and_draw(name):
     checkpoint = common.load(ROOT / "pretrained" / f"{name}.pt")
     model = common.UViT(**checkpoint["config"]["network"])
     model.load_state_dict(checkpoint["ema"])
-    condition = dict(cls=model.norm["cls"].mean[None], tokens=model.norm["tokens"].mean.expand(1, 16, 320))
+    shapes = checkpoint["config"]["network"]["told"]
+    condition = {name: norm.mean.expand(1, *shapes[name]) for name, norm in model.norm.items()}
     x = common.sample_images(model, condition, [common.generator("cpu", 0, 0, 0, 1)], 1, checkpoint["config"])
     assert x.shape == (1, 16, 16, 3) and x.max() > 150 and np.median(x) < 30             # strokes on black
