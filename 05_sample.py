@@ -28,10 +28,10 @@ def conditioning_images(pages, split, per_page, draw):
     held_out = np.flatnonzero(split == 1)
     if len(held_out) == 0:
         return np.arange(len(split))
-    shuffled = np.random.default_rng(draw).permutation(held_out)
-    shuffled = shuffled[np.argsort(pages[shuffled], kind="stable")]
-    _, first, page = np.unique(pages[shuffled], return_index=True, return_inverse=True)
-    return shuffled[np.arange(len(shuffled)) - first[page] < per_page]
+    mixed = np.random.default_rng(draw).permutation(held_out)
+    mixed = mixed[np.argsort(pages[mixed], kind="stable")]              # by page, in random order within
+    start = np.searchsorted(pages[mixed], pages[mixed])                 # where the page of each begins
+    return mixed[np.arange(len(mixed)) - start < per_page]
 
 
 def load_model(path, device):
