@@ -3,7 +3,7 @@
 Question: why nothing at logsnr = 5, and where to look first?
 With little noise z shows the image, and the condition has nothing to add. At high noise z says little, so the
 model must choose what to draw, and the condition decides. Measured for pairs.pt, "nothing" minus "itself": 0.000 at
-logsnr 5, 0.009 at -1, 0.040 at -2.9, 0.053 at -6. Look at high noise first; the mean over all noise hides the gain.
+logsnr 5, 0.005 at -1, 0.038 at -2.9, 0.054 at -6. Look at high noise first; the mean over all noise hides the gain.
 
 The verdict: a copier believes that the target is the image that it is told. For a page-mate that is wrong, and
 worse than knowing nothing, so "mate" is above "nothing". A varier was trained on page-mates: "mate" is below.
