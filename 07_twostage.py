@@ -33,7 +33,8 @@ The chain, for DATA = D = runs/digits16:
 
 As in [2SDM]: six layers, 512 wide in the papers' presets, x-prediction; tokens are the noise level, a, the parameters
 of an augmentation (--views, made by examples/augment.py), the noisy y and a learned query. Not as in [2SDM]: this
-project's cosine schedule and DDPM replace EDM's preconditioning and Heun sampler. The recipe is not the preset's.
+project's cosine schedule and DDPM replace EDM's of the image model; the prior's are not in the text, but for 40 steps.
+The recipe is not the preset's.
     torchrun --nproc-per-node=8 07_twostage.py prior --data runs/web --steps 200000 --batch 1024 --lr 2e-4 --warmup 5000
 """
 import copy
@@ -110,7 +111,8 @@ def prior_loss(net, norm, y, eps, t, given):
 def batch_of(seed, step, size, rows, embeddings, page, parameters, device, rank=0, world=1):
     """This process's share b of a batch of `rows`, a function of (seed, step): y, eps, t, given of prior_loss.
 
-    embeddings: 1 + A arrays [N, D], plain and augmented; page [N, L]; parameters [A, N, P]. At least half is plain.
+    embeddings: 1 + A arrays [N, D], plain and augmented; page [N, L]; parameters [A, N, P]. On average (A + 1) / (2 A + 1)
+    of the rows are plain.
     """
     rng, augmented = np.random.default_rng([seed, step, 0, 3]), len(embeddings) - 1
     row = rows[rng.integers(len(rows), size=size)][rank::world]
