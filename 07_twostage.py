@@ -111,8 +111,8 @@ def prior_loss(net, norm, y, eps, t, given):
 def batch_of(seed, step, size, rows, embeddings, page, parameters, device, rank=0, world=1):
     """This process's share b of a batch of `rows`, a function of (seed, step): y, eps, t, given of prior_loss.
 
-    embeddings: 1 + A arrays [N, D], plain and augmented; page [N, L]; parameters [A, N, P]. On average (A + 1) / (2 A + 1)
-    of the rows are plain.
+    embeddings: 1 + A arrays [N, D], plain and augmented; page [N, L]; parameters [A, N, P].
+    On average (A + 1) / (2 A + 1) of the rows are plain.
     """
     rng, augmented = np.random.default_rng([seed, step, 0, 3]), len(embeddings) - 1
     row = rows[rng.integers(len(rows), size=size)][rank::world]
