@@ -412,7 +412,7 @@ def denoising(run):
 
 @torch.no_grad()
 def attention(run):
-    """All patches look at the same few tokens of the condition, at its strokes and at empty corners.
+    """All patches look at the same few tokens of the condition, the empty corners most of all.
 
     So they read what the image is, not what is at their own place. Weights are means over blocks and heads.
     """
