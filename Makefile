@@ -1,7 +1,7 @@
 # The pipeline as a graph of files: a stage runs again only when a file it reads has changed.
 #   make demo                    the digits, on a CPU           make demo PRESET=emoji16    OpenMoji, on a CPU
 #   make demo PRESET=emoji64     OpenMoji, on a GPU             make test                   the tests
-#   make full                    the digits, 3 times the images, tokens only, read by a judge of digits: an hour
+#   make full                    the digits, 3 times the images, tokens only, read by a judge of digits: 25 to 55 min
 #   make figures                 figures for a lecture, after make demo, two minutes
 #   make twostage                2SDM, after make demo          make sweep                  2SDM told more, less
 PRESET   ?= digits16
