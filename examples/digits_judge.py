@@ -5,7 +5,8 @@ Writes  DATA/judge and S/judge: cls.npy [.., 64], its features, and data.json, f
         DATA/judge/judge.pt, its weights, so that all samples of DATA have one judge
         DATA/judge/read.json, for each S: read, the share of samples read as their condition's digit; by_digit, the same
         for each digit; spread, the mean distance of two samples of a condition over that of two real held-out digits of
-        its class (1: as different as people's drawings; 0: all alike). Misread samples add to the spread
+        its class (1: as different as people's drawings; 0: all alike). Misread samples add to the spread.
+        Samples of --y (2SDM) have no conditions: of them features only
 
     python -m examples.digits_judge                                    # all of runs/digits16/samples, one minute
     python 06_fewshot_metrics.py --judge judge --out runs/digits16/judge
@@ -101,9 +102,12 @@ def main():
     print(f"the judge reads {right:.1%} of the held-out digits rightly")
     table = {}
     for folder in args.samples or sorted(path.parent for path in args.data.glob("samples/*/samples.npy")):
-        samples, conditions = common.load(folder / "samples.npy"), common.load(folder / "conditions.npy")
+        samples = common.load(folder / "samples.npy")
         features, read = look(judge, samples.reshape(-1, *samples.shape[2:]))
         write(folder / "judge", features)
+        if not (folder / "conditions.npy").exists():                    # rows of 2SDM: told no digit
+            continue
+        conditions = common.load(folder / "conditions.npy")
         wanted = digits[torch.from_numpy(np.array(conditions))]
         rightly = (read.view(samples.shape[:2]) == wanted[:, None]).float().mean(1)                  # [n]
         own = sum(map(distance, features.view(*samples.shape[:2], 64)))

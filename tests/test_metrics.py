@@ -217,12 +217,14 @@ def test_a_judge_of_digits(tiny_data):
     for name, samples in (("copies", images[conditions[:, None]].repeat(3, 1)),
                           ("pages", images[conditions.reshape(4, 2).repeat(2, 0)])):
         folder = write_data(tiny_data / "samples" / name, None, samples=samples, conditions=conditions)
+    told_nothing = write_data(tiny_data / "samples" / "y", None, samples=images[:5, None])
     said = done("-m examples.digits_judge", "--data", tiny_data)
     real = float(re.search(r"reads ([\d.]+)%", said)[1])
     copies, pages = json.loads((tiny_data / "judge" / "read.json").read_text()).values()
     assert abs(100 * copies["read"] - real) < 0.1 and abs(100 * pages["read"] - real) < 0.1
     assert copies["spread"] < 1e-6 and abs(pages["spread"] - 1) < 1e-5
     assert np.load(folder / "judge" / "cls.npy", allow_pickle=False).shape == (16, 64)
+    assert np.load(told_nothing / "judge" / "cls.npy", allow_pickle=False).shape == (5, 64)
 
 
 def test_a_published_pipeline(tiny_data):
