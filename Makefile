@@ -7,11 +7,13 @@
 PRESET   ?= digits16
 SEED     ?= 0
 GUIDANCE ?= 1 0 2
+# how the digits are sampled: 60 of each condition, more of the steps at low noise (docs/beyond.md, few steps)
+DIGITS   := --time-power 2 --interpolation 0 --variations 60
 # make full: the paper's condition and more images, in a folder of their own; the preset's 25 sampling steps
 ifneq ($(filter full,$(MAKECMDGOALS)),)
 RUN      ?= runs/full$(if $(filter-out 0,$(SEED)),_seed$(SEED))
 RECIPE   := --preset full16 --save-every 1000
-HOW      := --time-power 2 --interpolation 0 --variations 60
+HOW      := $(DIGITS)
 endif
 RUN      ?= runs/$(PRESET)$(if $(filter-out 0,$(SEED)),_seed$(SEED))
 VENV     ?= .venv
@@ -24,8 +26,8 @@ MAKEFLAGS += --jobs=$(JOBS)
 CORES    := $(shell getconf _NPROCESSORS_ONLN)
 SHARE    := OMP_NUM_THREADS=$(shell echo $$(( ($(CORES) + $(JOBS) - 1) / $(JOBS) ))) $(PY)
 SOURCE   := $(if $(filter digits% full%,$(PRESET)),digits,$(if $(filter %16,$(PRESET)),openmoji16,openmoji))
-# half the sampling steps of the preset at no worse FID (docs/beyond.md, few steps), and 60 samples of each digit
-HOW_digits16 := --sample-steps 12 --time-power 2 --interpolation 0 --variations 60
+# make demo: half the sampling steps of the preset, at no worse FID
+HOW_digits16 := --sample-steps 12 $(DIGITS)
 HOW      ?= $(HOW_$(PRESET))
 SETS     := $(foreach w,$(GUIDANCE),recon_w$(w) pairs_w$(w))
 TRAIN     = --data $(RUN) --seed $(SEED)
