@@ -29,6 +29,10 @@ SOURCE   := $(if $(filter digits% full%,$(PRESET)),digits,$(if $(filter %16,$(PR
 # make demo: half the sampling steps of the preset, at no worse FID
 HOW_digits16 := --sample-steps 12 $(DIGITS)
 HOW      ?= $(HOW_$(PRESET))
+# most rows of the Unicode chart have no theme one can see at 16 px: keep the third of their pairs that look alike
+FILTER_emoji16 := --low 0.65
+RECIPE_emoji16 := --save-every 1000
+RECIPE   ?= $(RECIPE_$(PRESET))
 SETS     := $(foreach w,$(GUIDANCE),recon_w$(w) pairs_w$(w))
 TRAIN     = --data $(RUN) --seed $(SEED)
 # what was trained on an older input is deleted; what was interrupted is resumed
@@ -61,7 +65,7 @@ $(RUN)/data.json: | data/$(SOURCE)
 	$(PY) 01_embed.py --preset $(PRESET) --images data/$(SOURCE) --out $(RUN)
 
 $(RUN)/pairs.npy: $(RUN)/data.json
-	$(PY) 02_filter_pairs.py --data $(RUN)
+	$(PY) 02_filter_pairs.py --data $(RUN) $(FILTER_$(PRESET))
 
 $(RUN)/recon.pt: $(RUN)/data.json
 	$(fresh)
@@ -98,7 +102,9 @@ figures: demo
 # 2SDM: the prior, three image models on one recipe, and for each row of the table an array y, samples, scores
 ROWS      := unconditional kmeans16 oracle 2sdm 2sdm_fewer_steps
 TWO       := $(RUN)/twostage
-TWO_STEPS ?= $(if $(filter digits16,$(PRESET)),1000)
+TWO_STEPS_digits16 := 1000
+TWO_STEPS_emoji16  := 10000
+TWO_STEPS ?= $(TWO_STEPS_$(PRESET))
 STEPS      = $(if $(TWO_STEPS),--steps $(TWO_STEPS)) --cond-drop 0
 ROW        = $(SHARE) 05_sample.py $(TRAIN) --y $< --out $(@D)
 

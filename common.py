@@ -36,8 +36,8 @@ from torch.utils.checkpoint import checkpoint
 # channels and blocks: one entry a stage, each at half the resolution of the one before. The last `transformers` stages
 # are transformers, the others convolutions; only the last one sees the condition's tokens ([S] 3.4).
 
-SMALL = dict(size=16, patch=1, transformers=1, cond="both", cond_drop=0.1, loss="v", noise_size=16, batch=32, lr=2e-3,
-             warmup=100, decay="cosine", ema=0.998, amp="none", sample_steps=25, time_power=1.5, encoder_px=128)
+SMALL = dict(size=16, patch=1, channels=(32, 64, 128), blocks=(1, 1, 4), transformers=1, cond_drop=0.1, loss="v",
+             noise_size=16, warmup=100, decay="cosine", ema=0.998, amp="none", sample_steps=25, time_power=1.5)
 
 # From the text of [S] (6.1): channels, blocks of the first three stages and of the last, two transformer stages, batch,
 # loss in epsilon, noise_size, DDPM with interpolation 0.2, 300,000 steps of the ablations.
@@ -50,11 +50,11 @@ PAPER = dict(transformers=2, cond="tokens", cond_drop=0.1, loss="eps", noise_siz
              warmup=10_000, decay="constant", steps=300_000, amp="auto", sample_steps=128, time_power=1, encoder_px=224)
 
 PRESETS = {
-    "digits16": SMALL | dict(channels=(32, 64, 128), blocks=(1, 1, 4), steps=2500),
-    "full16": SMALL | dict(channels=(32, 64, 128), blocks=(1, 1, 4), steps=30_000, batch=8, lr=7e-4, cond="tokens"),
-    "emoji16": SMALL | dict(channels=(32, 64, 192), blocks=(1, 1, 4), steps=4000, encoder_px=224),
-    "emoji64": SMALL | dict(size=64, channels=(64, 128, 256, 512), blocks=(2, 2, 2, 8), steps=20_000, noise_size=32,
-                            batch=256, lr=5e-4, amp="auto", sample_steps=64, encoder_px=224),
+    "digits16": SMALL | dict(cond="both", batch=32, lr=2e-3, steps=2500, encoder_px=128),
+    "full16": SMALL | dict(cond="tokens", batch=8, lr=7e-4, steps=30_000, encoder_px=128),
+    "emoji16": SMALL | dict(cond="tokens", batch=8, lr=7e-4, steps=40_000, encoder_px=224),
+    "emoji64": SMALL | dict(size=64, channels=(64, 128, 256, 512), blocks=(2, 2, 2, 8), cond="both", noise_size=32,
+                            batch=256, lr=5e-4, steps=20_000, amp="auto", sample_steps=64, encoder_px=224),
     "semantica64": PAPER | dict(size=64, patch=1, channels=(128, 128, 256, 512, 1024), blocks=(3, 3, 3, 3, 16)),
     "semantica256": PAPER | dict(size=256, patch=2, channels=(128, 256, 1024, 2048, 4096), blocks=(2, 3, 3, 3, 12)),
 }
