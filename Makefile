@@ -102,9 +102,7 @@ figures: demo
 # 2SDM: the prior, three image models on one recipe, and for each row of the table an array y, samples, scores
 ROWS      := unconditional kmeans16 oracle 2sdm 2sdm_fewer_steps
 TWO       := $(RUN)/twostage
-TWO_STEPS_digits16 := 1000
-TWO_STEPS_emoji16  := 10000
-TWO_STEPS ?= $(TWO_STEPS_$(PRESET))
+TWO_STEPS ?= $(if $(filter digits16,$(PRESET)),1000)
 STEPS      = $(if $(TWO_STEPS),--steps $(TWO_STEPS)) --cond-drop 0
 ROW        = $(SHARE) 05_sample.py $(TRAIN) --y $< --out $(@D)
 
