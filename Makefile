@@ -29,8 +29,6 @@ SOURCE   := $(if $(filter digits% full%,$(PRESET)),digits,$(if $(filter %16,$(PR
 # make demo: half the sampling steps of the preset, at no worse FID
 HOW_digits16 := --sample-steps 12 $(DIGITS)
 HOW      ?= $(HOW_$(PRESET))
-# most rows of the Unicode chart have no theme one can see at 16 px: keep the third of their pairs that look alike
-FILTER_emoji16 := --low 0.65
 RECIPE_emoji16 := --save-every 1000
 RECIPE   ?= $(RECIPE_$(PRESET))
 SETS     := $(foreach w,$(GUIDANCE),recon_w$(w) pairs_w$(w))
@@ -59,13 +57,13 @@ data/digits data/openmoji: data/%: | $(VENV)/installed
 	$(PY) -m examples.$* --out $@
 
 data/openmoji16: | $(VENV)/installed
-	$(PY) -m examples.openmoji --size 16 --out $@
+	$(PY) -m examples.openmoji --by-word --size 16 --out $@
 
 $(RUN)/data.json: | data/$(SOURCE)
 	$(PY) 01_embed.py --preset $(PRESET) --images data/$(SOURCE) --out $(RUN)
 
 $(RUN)/pairs.npy: $(RUN)/data.json
-	$(PY) 02_filter_pairs.py --data $(RUN) $(FILTER_$(PRESET))
+	$(PY) 02_filter_pairs.py --data $(RUN)
 
 $(RUN)/recon.pt: $(RUN)/data.json
 	$(fresh)

@@ -52,7 +52,7 @@ PAPER = dict(transformers=2, cond="tokens", cond_drop=0.1, loss="eps", noise_siz
 PRESETS = {
     "digits16": SMALL | dict(cond="both", batch=32, lr=2e-3, steps=2500, encoder_px=128),
     "full16": SMALL | dict(cond="tokens", batch=8, lr=7e-4, steps=30_000, encoder_px=128),
-    "emoji16": SMALL | dict(cond="tokens", batch=8, lr=7e-4, steps=40_000, encoder_px=224),
+    "emoji16": SMALL | dict(cond="tokens", batch=8, lr=7e-4, steps=20_000, encoder_px=224),
     "emoji64": SMALL | dict(size=64, channels=(64, 128, 256, 512), blocks=(2, 2, 2, 8), cond="both", noise_size=32,
                             batch=256, lr=5e-4, steps=20_000, amp="auto", sample_steps=64, encoder_px=224),
     "semantica64": PAPER | dict(size=64, patch=1, channels=(128, 128, 256, 512, 1024), blocks=(3, 3, 3, 3, 16)),

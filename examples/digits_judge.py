@@ -87,8 +87,7 @@ def main():
             torch.save(weights, f)
     judge = Judge().eval()
     judge.load_state_dict(common.load(path))
-    name = f"digits_judge {common.checksum(np.fromfile(path, np.uint8))}"
-    encoder = dict(name=name, px=16, size=args.size, dim=64)
+    encoder = dict(name=f"digits_judge {common.checksum(np.fromfile(path, np.uint8))}", px=16, size=args.size, dim=64)
 
     def write(folder, features):
         with common.writing(folder / "cls.npy") as f:
@@ -98,8 +97,7 @@ def main():
 
     real, read = look(judge, images)
     write(out, real)
-    right = (read == digits)[held_out].float().mean().item()
-    print(f"the judge reads {right:.1%} of the held-out digits rightly")
+    print(f"the judge reads {(read == digits)[held_out].float().mean():.1%} of the held-out digits rightly")
     table = {}
     for folder in args.samples or sorted(path.parent for path in args.data.glob("samples/*/samples.npy")):
         samples = common.load(folder / "samples.npy")

@@ -6,8 +6,9 @@ Say so wherever you show them, or pictures made of them.
 Writes  OUT/PAGE/U+CODE.png. A page is a row of the Unicode chart, 16 code points; few rows have a theme one can see.
         A picture is 4 * SIZE pixels a side, for 01_embed.py to make SIZE of them.
 
-With --by-word, a page is what a search for a word would find: HEART, CHESS, OCLOCK. The word of an emoji is the last one
-of its Unicode name, up to "with" and the like, that five names share. Emoji without such a word are left out.
+With --by-word, a page is what a search for a word would show: CHESS-0, OCLOCK-0, FACE-0 to FACE-9. The word of an emoji
+is the last one of its Unicode name, up to "with" and the like, that five names share; emoji without one are left out.
+What a word has more than 16 of is split into pages of about equal size, in the order of the code points.
 
     python -m examples.openmoji                                           # for the preset emoji64
     python -m examples.openmoji --by-word --size 16 --out data/openmoji16            # for the preset emoji16
@@ -16,7 +17,7 @@ import argparse
 import re
 import shutil
 import unicodedata
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 import common
 
-LEAST = 5                                                              # pictures of a page
+LEAST, MOST = 5, 16                                                    # pictures of a page with --by-word
 CODE_POINTS = [*range(0x2600, 0x2800), *range(0x1F000, 0x1FB00)]
 
 p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -50,9 +51,11 @@ def words(code_points):
     """{code point: page}, of those that have one."""
     names = [re.split(r" (?:WITH|OF|FOR|AND|IN|ON) ", unicodedata.name(chr(c), ""))[0].split() for c in code_points]
     shared = Counter(word for name in names for word in set(name))
-    pages = [next((word for word in reversed(name) if shared[word] >= LEAST), "") for name in names]
-    sizes = Counter(pages)
-    return {c: page for c, page in zip(code_points, pages) if page and sizes[page] >= LEAST}
+    of_word = defaultdict(list)
+    for c, name in zip(code_points, names):
+        of_word[next((word for word in reversed(name) if shared[word] >= LEAST), None)].append(c)
+    parts = {word: np.array_split(c, -(-len(c) // MOST)) for word, c in of_word.items() if word and len(c) >= LEAST}
+    return {c: f"{word}-{i}" for word, split in parts.items() for i, part in enumerate(split) for c in part.tolist()}
 
 
 small, large = (ImageFont.truetype(str(file), 3 * size) for size in (4, args.size))

@@ -305,8 +305,9 @@ def test_openmoji_has_its_glyphs_and_rows(tmp_path):
 def test_openmoji_by_word_finds_what_a_search_for_it_would(tmp_path):
     done("-m examples.openmoji", "--by-word", "--size", 16, "--out", tmp_path / "emoji")
     page_of = {int(path.stem[2:], 16): path.parent.name for path in (tmp_path / "emoji").rglob("*.png")}
-    assert all(page in unicodedata.name(chr(cp)).split() for cp, page in page_of.items())
-    assert min(Counter(page_of.values()).values()) == 5 and len(page_of) > 400
-    known = {0x1F494: "HEART", 0x1F550: "OCLOCK", 0x2654: "CHESS"}     # broken heart, clock face one oclock, white king
-    assert known.items() < page_of.items() and page_of[0x1F603] == "FACE"                # smiling face with open mouth
+    assert all(page.split("-")[0] in unicodedata.name(chr(cp)).split() for cp, page in page_of.items())
+    assert set(Counter(page_of.values()).values()) <= set(range(5, 17)) and len(page_of) > 400
+    # broken heart, clock face one oclock, white chess king
+    known = {0x1F494: "HEART-0", 0x1F550: "OCLOCK-0", 0x2654: "CHESS-0"}
+    assert known.items() < page_of.items() and page_of[0x1F603][:4] == "FACE"            # smiling face with open mouth
     assert 0x1F34C not in page_of                                      # banana
