@@ -59,8 +59,8 @@ def words(code_points):
 
 
 small, large = (ImageFont.truetype(str(file), 3 * size) for size in (4, args.size))
-absent = (255, np.asarray(draw(0x10FFFF, small)))                      # blank, or what stands for a missing glyph
-found = [c for c in CODE_POINTS if not any((np.asarray(draw(c, small)) == look).all() for look in absent)]
+absent = {draw(c, small).tobytes() for c in (0x20, 0x10FFFF)}           # blank, or what stands for a missing glyph
+found = [c for c in CODE_POINTS if draw(c, small).tobytes() not in absent]
 partial = Path(f"{args.out}.partial")                                  # the folder gets its name when it is whole
 shutil.rmtree(partial, ignore_errors=True)
 pages = words(found) if args.by_word else {c: f"{c >> 4:04X}x" for c in found}
