@@ -7,8 +7,8 @@ Writes  OUT/PAGE/U+CODE.png. A page is a row of the Unicode chart, 16 code point
         A picture is 4 * SIZE pixels a side, for 01_embed.py to make SIZE of them.
 
 With --by-word, a page is what a search for a word would show: CHESS-0, OCLOCK-0, FACE-0 to FACE-9. The word of an emoji
-is the last one of its Unicode name, up to "with" and the like, that five names share; emoji without one are left out.
-What a word has more than 16 of is split into pages of about equal size, in the order of the code points.
+is the last one of its Unicode name, up to "with" and the like, that five names share. A word has five emoji or is left
+out. What it has more than 16 of is split into pages of about equal size, in the order of the code points.
 
     python -m examples.openmoji                                           # for the preset emoji64
     python -m examples.openmoji --by-word --size 16 --out data/openmoji16            # for the preset emoji16
@@ -55,7 +55,7 @@ def words(code_points):
     for c, name in zip(code_points, names):
         of_word[next((word for word in reversed(name) if shared[word] >= LEAST), None)].append(c)
     parts = {word: np.array_split(c, -(-len(c) // MOST)) for word, c in of_word.items() if word and len(c) >= LEAST}
-    return {c: f"{word}-{i}" for word, split in parts.items() for i, part in enumerate(split) for c in part.tolist()}
+    return {c: f"{word}-{i}" for word, some in parts.items() for i, part in enumerate(some) for c in part.tolist()}
 
 
 small, large = (ImageFont.truetype(str(file), 3 * size) for size in (4, args.size))
