@@ -606,40 +606,34 @@ def recall(run):
     return figure
 
 
-def quiz(run, model):
+def quiz(run, shown):
     """Which row is of which page? Left: a row of samples of one condition. Right: training images of the pages.
 
-    model "real": other training images in place of the samples, to see how hard the question is. Pages that differ in
-    a number only, as FACE-0 and FACE-1, 000-digit0 and 001-digit0, are one. The key is printed, and the share of images
-    (of the samples, or of held-out images) whose nearest training image, in the features of DATA, is of the right page.
+    shown "conditions": the condition alone in place of its samples, to see how hard the question is. Pages that differ
+    in a number only, as FACE-0 and FACE-1, 000-digit0 and 001-digit0, are one. The key is printed, and how often the
+    nearest training image, in the features of DATA, is of the right page.
     """
     images, cls, split, names = read(run, "images", "cls", "split", "names")
-    samples, features, conditions = read(run / f"samples/{'pairs' if model == 'real' else model}_w1",
-                                         "samples", "cls", "conditions")
+    samples, features, conditions = read(run / "samples/pairs_w1", "samples", "cls", "conditions")
     pages = np.array([re.sub(r"^\d+-|-\d+$", "", Path(name).parent.name) for name in names])
     rng, train = np.random.default_rng(0), split == 0
     asked, rows = np.unique(pages[conditions], return_index=True)      # of a page with several conditions, the first
     asked, rows = asked[:26], rows[:26]
-    left, right = [], []
-    for page, row in zip(asked, rows):
-        members = rng.permutation(np.flatnonzero(train & (pages == page)))
-        left.append(list(images[members[1::2]] if model == "real" else samples[row])[:8])
-        right.append(list(images[members[::2]])[:8])
+    left = [samples[row][:8] if shown == "samples" else images[conditions[[row]]] for row in rows]
+    right = [images[rng.permutation(np.flatnonzero(train & (pages == page)))[:8]] for page in asked]
     order = rng.permutation(len(asked))
     letters = [chr(ord("A") + i) for i in range(len(asked))]
     figure, panels = plt.subplots(1, 2, figsize=(12, 0.6 * len(asked) + 1), layout="constrained")
     for axes, sheet, labels in zip(panels, ([left[i] for i in order], right), (range(1, len(asked) + 1), letters)):
         white = np.full_like(images[0], 255)
-        draw_images(axes, [row + [white] * (8 - len(row)) for row in sheet], list(labels))
+        draw_images(axes, [[*row, *[white] * (8 - len(row))] for row in sheet], list(labels))
     print(f"quiz: {', '.join(f'{n} {letters[i]} {asked[i]}' for n, i in enumerate(order, 1))}")
-
-    def nearest_page(x):
-        unit = [a / np.linalg.norm(a, axis=1, keepdims=True) for a in (x, cls[train])]
-        return pages[train][(unit[0] @ unit[1].T).argmax(1)]
+    unit = cls[train] / np.linalg.norm(cls[train], axis=1, keepdims=True)
     told = np.repeat(pages[conditions], len(features) // len(conditions))
-    if model == "real":
-        told, features = pages[~train], cls[~train]
-    print(f"quiz: {model}, nearest training image of the right page: {np.mean(nearest_page(features) == told):.0%}")
+    for what, x, page in (("held-out images", cls[~train], pages[~train]),
+                          ("conditions", cls[conditions], pages[conditions]), ("samples", features, told)):
+        right_page = pages[train][(x @ unit.T).argmax(1)] == page
+        print(f"quiz: {what}, nearest training image of the right page: {right_page.mean():.0%}")
     return figure
 
 
@@ -662,8 +656,8 @@ FIGURES = {                                                            # the fun
     "guidance_rows": (guidance_rows, ["recon.pt", "pairs.pt", "samples/pairs_w1/conditions.npy"]),
     "filter_pairs": (band_pairs, ["images.npy", "cls.npy", "sims.npy"]),
     "recall": (recall, ["samples/recon_w1/cls.npy", "samples/pairs_w1/cls.npy"]),
-    "quiz": (partial(quiz, model="pairs"), ["names.npy", "samples/pairs_w1/cls.npy"]),
-    "quiz_real": (partial(quiz, model="real"), ["names.npy", "samples/pairs_w1/cls.npy"]),
+    "quiz": (partial(quiz, shown="samples"), ["names.npy", "samples/pairs_w1/cls.npy"]),
+    "quiz_conditions": (partial(quiz, shown="conditions"), ["names.npy", "samples/pairs_w1/cls.npy"]),
 }
 
 
