@@ -610,8 +610,8 @@ def quiz(run, shown):
     """Which row is of which page? Left: a row of samples of one condition. Right: training images of the pages.
 
     shown "conditions": the condition alone in place of its samples, to see how hard the question is. Pages that differ
-    in a number only, as FACE-0 and FACE-1, 000-digit0 and 001-digit0, are one. The key is printed, and how often the
-    nearest training image, in the features of DATA, is of the right page.
+    in a number only, as FACE-0 and FACE-1, 000-digit0 and 001-digit0, are one; of 26 pages at most. Both pictures have
+    one key. It is printed, and how often the nearest training image, in the features of RUN, is of the right page.
     """
     images, cls, split, names = read(run, "images", "cls", "split", "names")
     samples, features, conditions = read(run / "samples/pairs_w1", "samples", "cls", "conditions")
