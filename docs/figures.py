@@ -5,7 +5,7 @@ Writes  RUN/figures/NAME.png, a file for each name of FIGURES
 
 filter also prints how well the filter of 02 drops what examples/digits.py planted. sweep reads models named as in
 pca16_1000: 07's array pca16, trained for 1,000 steps (kmeans16_1000, film_1000: the embedding itself, none_1000).
-gain prints its curves as a table too; it also reads what is still training (recon.pt.partial).
+quiz prints its key. gain prints its curves as a table too; it also reads what is still training (recon.pt.partial).
 
     python -m docs.figures runs/digits16                            # all, two minutes
     python -m docs.figures runs/digits16 --only idea --out docs     # the picture in the README
@@ -623,9 +623,9 @@ def quiz(run, shown):
     right = [images[rng.permutation(np.flatnonzero(train & (pages == page)))[:8]] for page in asked]
     order = rng.permutation(len(asked))
     letters = [chr(ord("A") + i) for i in range(len(asked))]
+    white = np.full_like(images[0], 255)
     figure, panels = plt.subplots(1, 2, figsize=(12, 0.6 * len(asked) + 1), layout="constrained")
     for axes, sheet, labels in zip(panels, ([left[i] for i in order], right), (range(1, len(asked) + 1), letters)):
-        white = np.full_like(images[0], 255)
         draw_images(axes, [[*row, *[white] * (8 - len(row))] for row in sheet], list(labels))
     print(f"quiz: {', '.join(f'{n} {letters[i]} {asked[i]}' for n, i in enumerate(order, 1))}")
     unit = cls[train] / np.linalg.norm(cls[train], axis=1, keepdims=True)

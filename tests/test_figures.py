@@ -45,4 +45,7 @@ def test_all_figures_and_what_the_filter_drops(tiny_data, tmp_path):
     assert "not drawn" not in said and drawn == set(module("docs/figures.py").FIGURES)
     for hit, out, planted in zip(hits, dropped, (24, 8)):               # 6 of the 12 ordered pairs of a page, and 2
         assert 0 < hit < out and f"precision {hit / out:.2f}, recall {hit / planted:.2f}" in said
+    train = [i for i in range(20) if i % 5 != 4]
+    right = [max(train, key=lambda t: unit[i] @ unit[t]) // 5 == i // 5 for i in range(4, 20, 5)]
+    assert f"held-out images, nearest training image of the right page: {sum(right) / 4:.0%}" in said
     assert "sweep: not drawn" in done("-m docs.figures", tmp_path, "--only", "sweep")
